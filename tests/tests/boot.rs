@@ -1,0 +1,78 @@
+//! Boots real Debian kernels with the built command: what init printed, the exit status, and a time limit.
+
+mod support;
+
+use std::path::Path;
+use std::time::Duration;
+use support::{Outcome, guests, twofold_with};
+
+/// Far above any run that goes well; a loaded two-core machine still ends in time.
+const LIMIT: Duration = Duration::from_secs(240);
+
+fn boot(dir: &Path, kernel: &str, initrd: &str, more: &[&str]) -> Outcome {
+    let (kernel, initrd) = (dir.join(kernel), dir.join(initrd));
+    let mut args = vec!["run", "--kernel", kernel.to_str().expect("UTF-8 path")];
+    args.extend(["--initrd", initrd.to_str().expect("UTF-8 path")]);
+    args.extend(["--append", "console=ttyS0", "--memory", "512M"]);
+    args.extend(more);
+    twofold_with(&args, LIMIT)
+}
+
+#[track_caller]
+fn expect_booted(run: &Outcome, machine: &str) {
+    run.expect_status(0);
+    assert!(run.stdout.lines().any(|l| l.trim_end() == "BOOT-OK"), "init ran:\n{}", run.shown());
+    assert!(run.stdout.contains(&format!("UP {machine} ")), "uname -m says {machine}:\n{}", run.shown());
+    assert!(run.stdout.contains("reboot: Power down"), "powered off through ACPI:\n{}", run.shown());
+    for bad in ["Oops", "BUG:", "Call Trace:", "WARNING: CPU"] {
+        assert!(!run.stdout.contains(bad), "the kernel complained ({bad}):\n{}", run.shown());
+    }
+}
+
+/// The main job: Debian's amd64 cloud kernel to busybox and power-off.
+#[test]
+fn debian_amd64() {
+    let Some(dir) = guests(false) else { return };
+    expect_booted(&boot(&dir, "amd64.vmlinuz", "hello64.zst", &[]), "x86_64");
+}
+
+/// An initramfs that the kernel has to gunzip, and QEMU's spelling of the options.
+#[test]
+fn debian_amd64_with_qemus_options() {
+    let Some(dir) = guests(false) else { return };
+    let (kernel, initrd) = (dir.join("amd64.vmlinuz"), dir.join("hello64.gz"));
+    let (kernel, initrd) = (kernel.to_str().expect("UTF-8"), initrd.to_str().expect("UTF-8"));
+    let args = ["run", "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet", "-m", "512M"];
+    let run = twofold_with(&[&args[..], &["-smp", "1", "-nographic", "-no-reboot"]].concat(), LIMIT);
+    run.expect_status(0);
+    assert!(run.stdout.contains("BOOT-OK"), "{}", run.shown());
+}
+
+/// `--stats` after a boot: the schema's name and the counters that say the tiers did their work.
+#[test]
+fn debian_amd64_stats() {
+    let Some(dir) = guests(false) else { return };
+    let file = support::scratch("boot-stats").join("stats.json");
+    let run = boot(&dir, "amd64.vmlinuz", "hello64.zst", &["--stats", file.to_str().expect("UTF-8")]);
+    expect_booted(&run, "x86_64");
+    let text = std::fs::read_to_string(&file).expect("the stats file was written");
+    let stats: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(stats["schema"], "twofold-stats/1");
+    for key in ["run", "translation", "execution", "tlb", "smc", "hot", "memory"] {
+        assert!(!stats[key].is_null(), "{key} is missing: {text}");
+    }
+}
+
+/// 32-bit paging.
+#[test]
+fn debian_686() {
+    let Some(dir) = guests(true) else { return };
+    expect_booted(&boot(&dir, "686.vmlinuz", "hello32.zst", &[]), "i686");
+}
+
+/// PAE.
+#[test]
+fn debian_686_pae() {
+    let Some(dir) = guests(true) else { return };
+    expect_booted(&boot(&dir, "pae.vmlinuz", "hello32.zst", &[]), "i686");
+}
