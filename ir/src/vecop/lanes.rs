@@ -1,0 +1,1 @@
+//! Lanes of 128-bit values as arrays.
