@@ -14,6 +14,7 @@ pub mod paging;
 pub mod regs;
 pub mod segment;
 pub mod state;
+pub mod string_op;
 pub mod tbflags;
 
 pub use addr::{GuestPhysAddr, LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
@@ -22,4 +23,5 @@ pub use flags::{CcKind, CcOp, CondCode};
 pub use regs::{Gpr, SegReg};
 pub use segment::Segment;
 pub use state::{CpuState, Loc};
+pub use string_op::{Repeat, StringKind, StringOp};
 pub use tbflags::{CodeSize, TbFlags};
