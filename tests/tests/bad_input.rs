@@ -195,7 +195,9 @@ fn stats_file_cannot_be_written() {
 #[test]
 fn stats_of_a_bad_file() {
     twofold_with(&["stats", "/nonexistent/stats.json"], LIMIT).expect_refused("/nonexistent/stats.json");
-    for (name, text) in [("empty", ""), ("text", "hello"), ("foreign", "{\"schema\": 3}"), ("cut", "{\"schema\": \"two")] {
+    for (name, text) in
+        [("empty", ""), ("text", "hello"), ("foreign", "{\"schema\": 3}"), ("cut", "{\"schema\": \"two")]
+    {
         let path = file(&format!("bad_stats_{name}"), "stats.json", text.as_bytes());
         twofold_with(&["stats", path.to_str().expect("UTF-8")], LIMIT).expect_refused("stats.json");
     }
