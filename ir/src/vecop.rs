@@ -13,12 +13,15 @@ use crate::op::Ty;
 
 mod crypto;
 mod fp;
-#[cfg(not(target_arch = "x86_64"))]
 mod fp_portable;
+#[cfg(target_arch = "x86_64")]
+mod host;
 mod int;
 mod lanes;
 mod shuffle;
 mod string;
+
+pub use fp::{host_mxcsr, set_host_mxcsr};
 
 /// Operand and result types of a vector op.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,7 +35,7 @@ pub struct VecSig {
 }
 
 /// Which file of `vecop/` computes an op.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Group {
     Int,
     Shuffle,

@@ -1,7 +1,30 @@
-//! Vector ops: fp.
-use crate::vecop::VecOp;
+//! Floating-point vector ops: by the host's own instruction where that is exact, else portably.
 
+use crate::vecop::{VecOp, fp_portable};
+
+/// Computes a floating-point op under the ambient MXCSR.
 pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
-    let _ = (imm, a, b);
-    todo!("{op:?}")
+    #[cfg(target_arch = "x86_64")]
+    if crate::vecop::host::has_fp() {
+        return crate::vecop::host::arith(op, imm, a, b);
+    }
+    fp_portable::eval(op, imm, a, b)
+}
+
+/// The host's MXCSR; the reset value on hosts without one.
+#[must_use]
+pub fn host_mxcsr() -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    return crate::vecop::host::mxcsr();
+    #[cfg(not(target_arch = "x86_64"))]
+    0x1f80
+}
+
+/// Makes the host's MXCSR (rounding, DAZ, FTZ, sticky flags) what `guest` says, with all exceptions masked. The caller
+/// puts the former value back before any Rust floating point runs. Does nothing on hosts without one.
+pub fn set_host_mxcsr(guest: u32) {
+    #[cfg(target_arch = "x86_64")]
+    crate::vecop::host::set_mxcsr(guest);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = guest;
 }
