@@ -90,6 +90,9 @@ pub struct CpuState {
     pub vec: [[u64; 4]; 16],
     /// Physical x87 registers R0 … R7: 80-bit value in the low ten bytes. MMX registers are the low eight.
     pub fpr: [[u64; 2]; 8],
+    /// Temporaries of the IR evaluator; they live here so that its operands address registers and temporaries alike. Not
+    /// guest state: their content means nothing outside a block.
+    pub temps: [u64; 64],
     /// x87 control word.
     pub fcw: u16,
     /// x87 status word, TOP included.
@@ -202,6 +205,8 @@ impl Loc {
     pub const FTW: Loc = Loc(offset_of!(CpuState, ftw) as u16);
     pub const CR0: Loc = Loc(offset_of!(CpuState, cr0) as u16);
     pub const PKRU: Loc = Loc(offset_of!(CpuState, pkru) as u16);
+    /// The first of the evaluator's temporaries.
+    pub const TEMPS: Loc = Loc(offset_of!(CpuState, temps) as u16);
     pub const KERNEL_GS_BASE: Loc = Loc((offset_of!(CpuState, msrs) + offset_of!(Msrs, kernel_gs_base)) as u16);
 
     /// General-purpose register `n` by encoding, 64 bits.
@@ -271,6 +276,7 @@ impl CpuState {
             scratch: [[0; 4]; 4],
             vec: [[0; 4]; 16],
             fpr: [[0; 2]; 8],
+            temps: [0; 64],
             fcw: 0x37f,
             fsw: 0,
             ftw: 0,
@@ -330,5 +336,8 @@ const _: () = {
     assert!(offset_of!(CpuState, vec) % 32 == 0);
     assert!(offset_of!(CpuState, scratch) % 32 == 0);
     assert!(offset_of!(CpuState, fpr) % 16 == 0);
+    // The evaluator addresses words 8 .. 8 + 2048 by a one-byte index.
+    assert!(offset_of!(CpuState, temps) % 16 == 8 || offset_of!(CpuState, temps) % 16 == 0);
+    assert!(offset_of!(CpuState, gdtr) <= 8 + 2048);
     assert!(size_of::<CpuState>() < 65536);
 };
