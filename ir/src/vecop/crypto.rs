@@ -164,7 +164,9 @@ mod tests {
     fn portable_matches_host() {
         let mut seed = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835u128;
         let mut next = || {
-            seed = seed.wrapping_mul(0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645).wrapping_add(0x5851_f42d_4c95_7f2d_1405_7b7e_f767_814f);
+            seed = seed
+                .wrapping_mul(0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645)
+                .wrapping_add(0x5851_f42d_4c95_7f2d_1405_7b7e_f767_814f);
             seed ^ seed >> 61
         };
         let mut compared = 0;

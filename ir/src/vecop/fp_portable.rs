@@ -185,7 +185,11 @@ fn to_int(v: f64, bits: u32, truncate: bool) -> u64 {
 }
 
 fn narrow(a: u64) -> u32 {
-    if a.is_nan() { (a >> 32 & 0x8000_0000) as u32 | 0x7fc0_0000 | (a >> 29 & 0x3f_ffff) as u32 } else { u32::from_f64(a.to_f64()) }
+    if a.is_nan() {
+        (a >> 32 & 0x8000_0000) as u32 | 0x7fc0_0000 | (a >> 29 & 0x3f_ffff) as u32
+    } else {
+        u32::from_f64(a.to_f64())
+    }
 }
 
 fn wide(a: u32) -> u64 {
@@ -297,12 +301,24 @@ mod tests {
         }
         let mut seed = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835u128;
         let mut next = || {
-            seed = seed.wrapping_mul(0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645).wrapping_add(0x5851_f42d_4c95_7f2d_1405_7b7e_f767_814f);
+            seed = seed
+                .wrapping_mul(0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645)
+                .wrapping_add(0x5851_f42d_4c95_7f2d_1405_7b7e_f767_814f);
             seed ^ seed >> 61
         };
         const EDGES: [u64; 12] = [
-            0, 0x8000_0000_0000_0000, 0x7ff0_0000_0000_0000, 0xfff0_0000_0000_0000, 0x7ff8_0000_1234_0000, 0x7ff0_0000_0000_0001,
-            0x3ff0_0000_0000_0000, 0x41df_ffff_ffc0_0000, 0x0000_0000_0000_0001, 0x7f80_0001_ff80_0000, 0x3f80_0000_7fc0_0001, 0x4004_0000_4020_0000,
+            0,
+            0x8000_0000_0000_0000,
+            0x7ff0_0000_0000_0000,
+            0xfff0_0000_0000_0000,
+            0x7ff8_0000_1234_0000,
+            0x7ff0_0000_0000_0001,
+            0x3ff0_0000_0000_0000,
+            0x41df_ffff_ffc0_0000,
+            0x0000_0000_0000_0001,
+            0x7f80_0001_ff80_0000,
+            0x3f80_0000_7fc0_0001,
+            0x4004_0000_4020_0000,
         ];
         let mut compared = 0;
         for op in VecOp::ALL.iter().copied().filter(|&o| VecOp::TABLE[o as usize].2 == Group::Fp) {
@@ -310,7 +326,9 @@ mod tests {
                 continue;
             }
             for i in 0..2000usize {
-                let edge = |n: usize, r: u128| if n % 3 == 0 { u128::from(EDGES[n / 3 % 12]) | u128::from(EDGES[n / 7 % 12]) << 64 } else { r };
+                let edge = |n: usize, r: u128| {
+                    if n % 3 == 0 { u128::from(EDGES[n / 3 % 12]) | u128::from(EDGES[n / 7 % 12]) << 64 } else { r }
+                };
                 let (a, b) = (edge(i, next()), edge(i / 5, next()));
                 assert_eq!(eval(op, i as u8, a, b), host::arith(op, i as u8, a, b), "{op:?} {i} {a:x} {b:x}");
                 compared += 1;

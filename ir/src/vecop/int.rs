@@ -61,8 +61,20 @@ pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
         Pmovmskb => top_bits(&u8::split(a), 7),
         Movmskps => top_bits(&u32::split(a), 31),
         Movmskpd => top_bits(&u64::split(a), 63),
-        Pslldq => if imm < 16 { a << (u32::from(imm) * 8) } else { 0 },
-        Psrldq => if imm < 16 { a >> (u32::from(imm) * 8) } else { 0 },
+        Pslldq => {
+            if imm < 16 {
+                a << (u32::from(imm) * 8)
+            } else {
+                0
+            }
+        }
+        Psrldq => {
+            if imm < 16 {
+                a >> (u32::from(imm) * 8)
+            } else {
+                0
+            }
+        }
         Psllw | Pslld | Psllq | Psrlw | Psrld | Psrlq | Psraw | Psrad => shift(op, a, b as u64),
         PsllwImm => shift(Psllw, a, imm.into()),
         PslldImm => shift(Pslld, a, imm.into()),
@@ -88,9 +100,9 @@ fn multiply(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
     match op {
         Pmullw => zip(a, b, u16::wrapping_mul),
         Pmulld => zip(a, b, u32::wrapping_mul),
-        Pmulhw => zip(a, b, |x: i16, y: i16| (i32::from(x) * i32::from(y) >> 16) as i16),
-        Pmulhuw => zip(a, b, |x: u16, y: u16| (u32::from(x) * u32::from(y) >> 16) as u16),
-        Pmulhrsw => zip(a, b, |x: i16, y: i16| (((i32::from(x) * i32::from(y) >> 14) + 1) >> 1) as i16),
+        Pmulhw => zip(a, b, |x: i16, y: i16| ((i32::from(x) * i32::from(y)) >> 16) as i16),
+        Pmulhuw => zip(a, b, |x: u16, y: u16| ((u32::from(x) * u32::from(y)) >> 16) as u16),
+        Pmulhrsw => zip(a, b, |x: i16, y: i16| ((((i32::from(x) * i32::from(y)) >> 14) + 1) >> 1) as i16),
         Pmuludq => zip(a, b, |x: u64, y: u64| (x & 0xffff_ffff) * (y & 0xffff_ffff)),
         Pmuldq => zip(a, b, |x: i64, y: i64| i64::from(x as i32) * i64::from(y as i32)),
         Pmaddwd => {

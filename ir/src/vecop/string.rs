@@ -42,7 +42,13 @@ fn aggregate(imm: u8, a: &Str, b: &Str) -> u16 {
     let holds = |j: usize| match imm >> 2 & 3 {
         0 => j < b.len && valid_a.contains(&b.at[j]),
         1 => j < b.len && valid_a.chunks_exact(2).any(|r| r[0] <= b.at[j] && b.at[j] <= r[1]),
-        2 => if j < a.len && j < b.len { a.at[j] == b.at[j] } else { j >= a.len && j >= b.len },
+        2 => {
+            if j < a.len && j < b.len {
+                a.at[j] == b.at[j]
+            } else {
+                j >= a.len && j >= b.len
+            }
+        }
         _ => (0..n - j).all(|i| i >= a.len || i + j < b.len && a.at[i] == b.at[i + j]),
     };
     (0..n).fold(0, |r, j| r | u16::from(holds(j)) << j)
