@@ -1,0 +1,559 @@
+//! One vCPU's MMU: walks, TLB contexts and code pages tied together.
+//!
+//! Place in the pipeline: the slow path of translated code, fetch, and every helper that touches guest memory come here.
+//! Invariants: the current context always carries the tags and the shape of the address space that the caller passes in
+//! (the functions that change the address space see to it); an access that crosses a page has both pages checked before
+//! its first byte is read or written; a fault is only ever returned from a walk of memory as it is now (row A10).
+
+use std::sync::Arc;
+
+use twofold_arch::paging::SHIFT_4K;
+use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
+
+use crate::code::CodePages;
+use crate::physmap::{PhysMap, Target};
+use crate::rights::permitted;
+use crate::space::{Access, AccessKind, AddressSpace, EptFault, EptFaultKind, Fault};
+use crate::stats::{FlushPolicy, MmuStats};
+use crate::tlb::{Context, Hit, JumpCacheEntry, NewEntry, SLOW_CODE, SLOW_IO, Tags, View};
+use crate::walk::{Direct, GuestPhysical, Mapping, Peek, WalkCounts, walk};
+
+/// Where an access goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Translation {
+    /// The physical address of the byte.
+    pub pa: PhysAddr,
+    /// The host address of the byte, good to the end of its page, when the access may be made there directly.
+    pub host: Option<u64>,
+    /// A write to a page that holds translated code: report it to [`CodePages::note_write`].
+    pub code: bool,
+    /// From a global page.
+    pub global: bool,
+}
+
+/// Where an instruction's bytes are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fetched {
+    /// The physical address of the byte; with the page offset cleared, that of the code page.
+    pub pa: PhysAddr,
+    /// The host address of the byte, good to the end of its page; `None` when a device or nothing answers. The bytes may
+    /// change at any time: copy them with [`PhysMap::read`].
+    pub host: Option<u64>,
+    /// From a global page: what [`Mmu::jump_insert`] wants to know.
+    pub global: bool,
+}
+
+/// The part of an access that lies in one page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// Physical address of its first byte.
+    pub pa: PhysAddr,
+    /// Bytes.
+    pub len: u32,
+    /// What answers there.
+    pub target: Target,
+}
+
+/// The one or two parts of an access of at most a page, in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Parts {
+    /// The part in the first page.
+    pub first: Part,
+    /// The part in the page after it.
+    pub second: Option<Part>,
+}
+
+impl Parts {
+    /// The parts in order.
+    pub fn iter(&self) -> impl Iterator<Item = Part> {
+        std::iter::once(self.first).chain(self.second)
+    }
+    fn has_io(&self) -> bool {
+        self.iter().any(|p| matches!(p.target, Target::Mmio { .. }))
+    }
+}
+
+/// What [`Mmu::read`] did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReadOutcome {
+    /// The value, zero-extended.
+    Value(u64),
+    /// Nothing was read: a device answers to at least one part, so the caller makes the access part by part.
+    Io(Parts),
+}
+
+/// What [`Mmu::write`] did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WriteOutcome {
+    /// Written. `code`: translated code was hit, and waits in [`CodePages::take_written`].
+    Done {
+        /// Translated code was hit.
+        code: bool,
+    },
+    /// Nothing was written: a device answers to at least one part, so the caller makes the access part by part.
+    Io(Parts),
+}
+
+/// What [`Mmu::read_bytes`] or [`Mmu::write_bytes`] did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BytesOutcome {
+    /// Copied. `code`: translated code was hit, and waits in [`CodePages::take_written`].
+    Done {
+        /// Translated code was hit.
+        code: bool,
+    },
+    /// Nothing was copied: a device answers to at least one part, so the caller makes the access part by part.
+    Io(Vec<Part>),
+}
+
+/// One vCPU's MMU.
+#[derive(Debug)]
+pub struct Mmu {
+    pub(crate) phys: Arc<PhysMap>,
+    pub(crate) code: Arc<CodePages>,
+    pub(crate) policy: FlushPolicy,
+    pub(crate) contexts: Vec<Context>,
+    pub(crate) current: usize,
+    pub(crate) clock: u64,
+    pub(crate) view_changed: bool,
+    /// A bit a page of physical memory: some context may hold a write tag for it that matches.
+    pub(crate) write_cached: Vec<u64>,
+    pub(crate) stats: MmuStats,
+}
+
+pub(crate) const fn tags_of(space: &AddressSpace) -> Tags {
+    Tags { vpid: space.vpid, pcid: space.pcid, ep4ta: space.ep4ta() }
+}
+
+impl Mmu {
+    /// The MMU of a vCPU that has just been reset.
+    ///
+    /// # Errors
+    /// When the host has no memory for the TLB.
+    pub fn new(phys: Arc<PhysMap>, code: Arc<CodePages>, policy: FlushPolicy) -> std::io::Result<Self> {
+        let pages = phys.high_ram_end().0.max(phys.low_ram_end().0) >> PAGE_SHIFT;
+        let context = Context::new(Tags { vpid: 0, pcid: 0, ep4ta: None })?;
+        Ok(Self {
+            phys,
+            code,
+            policy,
+            contexts: vec![context],
+            current: 0,
+            clock: 0,
+            view_changed: false,
+            write_cached: vec![0; pages.div_ceil(64) as usize],
+            stats: MmuStats::default(),
+        })
+    }
+
+    /// What the `CpuState` must hold for translated code to use the current context.
+    pub fn view(&self) -> View {
+        self.contexts[self.current].view()
+    }
+
+    /// Whether a table grew since the last call: then [`Self::view`] should be stored again. Being late costs misses only.
+    #[inline]
+    pub fn take_view_change(&mut self) -> bool {
+        std::mem::take(&mut self.view_changed)
+    }
+
+    /// The physical map.
+    #[must_use]
+    pub fn phys(&self) -> &Arc<PhysMap> {
+        &self.phys
+    }
+
+    /// The machine's code pages.
+    #[must_use]
+    pub fn code(&self) -> &Arc<CodePages> {
+        &self.code
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn stats(&self) -> &MmuStats {
+        &self.stats
+    }
+}
+
+// Translation.
+impl Mmu {
+    /// Where an access of one byte (or of several in one page) goes: from the TLB, else by a walk.
+    ///
+    /// # Errors
+    /// [`Fault`], from a walk of memory as it is now.
+    #[inline]
+    pub fn translate(&mut self, space: &AddressSpace, la: LinearAddr, access: Access) -> Result<Translation, Fault> {
+        let mode = space.mem_mode(access);
+        debug_assert_eq!(
+            self.contexts[self.current].tags,
+            tags_of(space),
+            "the address space was changed behind the MMU"
+        );
+        match self.contexts[self.current].table(mode).lookup(la, access.kind) {
+            Some(hit) => Ok(self.from_hit(space, la, access, hit)),
+            None => self.fill(space, la, access),
+        }
+    }
+
+    #[inline]
+    fn from_hit(&mut self, space: &AddressSpace, la: LinearAddr, access: Access, hit: Hit) -> Translation {
+        let mut slow = hit.slow;
+        if slow & SLOW_CODE != 0 && !self.code.is_code(hit.page) {
+            self.contexts[self.current].table_mut(space.mem_mode(access)).restore_write(la);
+            self.note_write_tag(hit.page);
+            slow &= !SLOW_CODE;
+        }
+        Translation {
+            pa: PhysAddr(hit.page.0 | la.page_offset()),
+            host: (slow == 0).then(|| la.0.wrapping_add(hit.addend)),
+            code: slow & SLOW_CODE != 0,
+            global: hit.global,
+        }
+    }
+
+    /// Walks for `access` and puts the translation in the TLB: what a miss calls.
+    ///
+    /// # Errors
+    /// [`Fault`] as the SDM says.
+    pub fn fill(&mut self, space: &AddressSpace, la: LinearAddr, access: Access) -> Result<Translation, Fault> {
+        if let Some(eptp) = space.eptp {
+            // The second stage is not here yet; what it will be is a `GuestPhysical` for `fill_through`.
+            let _ = eptp;
+            let kind = EptFaultKind::Misconfiguration;
+            return Err(Fault::Ept(EptFault { kind, gpa: GuestPhysAddr(0), la: Some(la) }));
+        }
+        let (phys, code) = (Arc::clone(&self.phys), Arc::clone(&self.code));
+        self.fill_through(space, la, access, &mut Direct { phys: &phys, code: &code })
+    }
+
+    /// [`Self::fill`] with paging-structure entries read and guest-physical addresses resolved by `memory`.
+    ///
+    /// # Errors
+    /// [`Fault`] as the SDM says.
+    pub fn fill_through<M: GuestPhysical>(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        access: Access,
+        memory: &mut M,
+    ) -> Result<Translation, Fault> {
+        self.stats.misses += 1;
+        let la = check_linear(space, la)?;
+        self.stats.walks[space.mode as usize] += 1;
+        self.stats.nested_walks += u64::from(space.eptp.is_some());
+        let mut counts = WalkCounts::default();
+        let found = walk(space, la, access, memory, &mut counts);
+        self.stats.entries_read += counts.entries_read;
+        self.stats.ad_writes += counts.ad_writes;
+        match found {
+            Ok(mapping) => Ok(self.install(space, la, access, &mapping)),
+            Err(fault) => {
+                self.stats.faults += 1;
+                Err(fault)
+            }
+        }
+    }
+
+    /// Puts a mapping in the current context's table for `access`.
+    fn install(&mut self, space: &AddressSpace, la: LinearAddr, access: Access, m: &Mapping) -> Translation {
+        let mode = space.mem_mode(access);
+        let mut tags = permitted(space, m.rights, mode);
+        tags.read &= m.stage2.read;
+        // Without the D flag the first write must walk again, to set it.
+        tags.write &= m.stage2.write && m.dirty;
+        tags.exec &= m.stage2.exec;
+        let (host, slow_read, slow_write) = match self.phys.target(m.page) {
+            Target::Ram(offset) => {
+                let code = self.code.is_code(m.page);
+                (self.phys.ram().host_page(offset), 0, if code { SLOW_CODE } else { 0 })
+            }
+            Target::Rom { index, offset } => (self.phys.rom(index).and_then(|r| r.host_page(offset)), 0, SLOW_IO),
+            Target::Mmio { .. } | Target::Unmapped => (None, SLOW_IO, SLOW_IO),
+        };
+        let (slow_read, slow_write) = if host.is_some() { (slow_read, slow_write) } else { (SLOW_IO, SLOW_IO) };
+        if tags.write && slow_write == 0 {
+            self.note_write_tag(m.page);
+        }
+        let addend = host.unwrap_or(0).wrapping_sub(la.page().0);
+        let context = &mut self.contexts[self.current];
+        if m.rights.user {
+            context.pkru_used |= u32::from(space.pke) << (2 * u32::from(m.rights.pkey));
+        } else {
+            context.pkrs_used |= u32::from(space.pks) << (2 * u32::from(m.rights.pkey));
+        }
+        if m.shift > SHIFT_4K {
+            context.note_large(la, m.shift);
+        }
+        let table = context.table_mut(mode);
+        let new = NewEntry { la, page: m.page, addend, tags, slow_read, slow_write, global: m.global };
+        if table.install(&new) {
+            table.grow();
+            self.stats.table_growths += 1;
+            self.view_changed = true;
+        }
+        let slow = if access.is_write() { slow_write } else { slow_read };
+        Translation {
+            pa: PhysAddr(m.page.0 | la.page_offset()),
+            host: (slow == 0).then(|| la.0.wrapping_add(addend)),
+            code: slow & SLOW_CODE != 0,
+            global: m.global,
+        }
+    }
+
+    #[inline]
+    fn note_write_tag(&mut self, page: PhysAddr) {
+        let n = page.0 >> PAGE_SHIFT;
+        if let Some(w) = self.write_cached.get_mut((n / 64) as usize) {
+            *w |= 1 << (n % 64);
+        }
+    }
+
+    /// Where the instruction byte at `la` is, for code at CPL 3 (`user`) or below.
+    ///
+    /// # Errors
+    /// [`Fault`] of the fetch.
+    pub fn translate_fetch(&mut self, space: &AddressSpace, la: LinearAddr, user: bool) -> Result<Fetched, Fault> {
+        let t = self.translate(space, la, Access::fetch(user))?;
+        Ok(Fetched { pa: t.pa, host: t.host, global: t.global })
+    }
+
+    /// What `la` is mapped to, whatever the rights, without side effects: for debuggers and traces.
+    ///
+    /// # Errors
+    /// [`Fault`] when it is not mapped.
+    pub fn probe(&self, space: &AddressSpace, la: LinearAddr) -> Result<Mapping, Fault> {
+        let la = check_linear(space, la)?;
+        let free = AddressSpace { smap: false, pke: false, pks: false, ..*space };
+        let access = Access { kind: AccessKind::Read, user: false, implicit: false, ac: true };
+        let mut direct = Direct { phys: &self.phys, code: &self.code };
+        walk(&free, la, access, &mut Peek(&mut direct), &mut WalkCounts::default())
+    }
+}
+
+/// The canonical check, and 32-bit wrap where linear addresses have 32 bits.
+#[inline]
+fn check_linear(space: &AddressSpace, la: LinearAddr) -> Result<LinearAddr, Fault> {
+    match space.canonical_width() {
+        Some(width) if !la.is_canonical(width) => Err(Fault::NonCanonical { la }),
+        Some(_) => Ok(la),
+        None => Ok(LinearAddr(la.0 & 0xffff_ffff)),
+    }
+}
+
+// Reading and writing.
+impl Mmu {
+    /// The parts of an access of `len` (1..=4096) bytes, all pages checked for it.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses.
+    #[inline]
+    pub fn resolve(&mut self, space: &AddressSpace, la: LinearAddr, len: u32, access: Access) -> Result<Parts, Fault> {
+        let room = (PAGE_SIZE - la.page_offset()) as u32;
+        let first = self.translate(space, la, access)?.pa;
+        let mut parts =
+            Parts { first: Part { pa: first, len: len.min(room), target: self.phys.target(first) }, second: None };
+        if len > room {
+            let pa = self.translate(space, la.wrapping_add(u64::from(room)), access)?.pa;
+            parts.second = Some(Part { pa, len: len - room, target: self.phys.target(pa) });
+        }
+        Ok(parts)
+    }
+
+    /// Reads `size` (1..=8) bytes.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses.
+    pub fn read(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        size: u32,
+        access: Access,
+    ) -> Result<ReadOutcome, Fault> {
+        let parts = self.resolve(space, la, size, access)?;
+        if let (Target::Ram(offset), None) = (parts.first.target, parts.second)
+            && let Some(value) = self.phys.ram().load(offset, size)
+        {
+            return Ok(ReadOutcome::Value(value));
+        }
+        if parts.has_io() {
+            return Ok(ReadOutcome::Io(parts));
+        }
+        let mut b = [0; 8];
+        let mut rest = b.get_mut(..size as usize).unwrap_or_default();
+        for part in parts.iter() {
+            let (here, after) = std::mem::take(&mut rest).split_at_mut_checked(part.len as usize).unwrap_or_default();
+            self.phys.read(part.pa, here);
+            rest = after;
+        }
+        Ok(ReadOutcome::Value(u64::from_le_bytes(b)))
+    }
+
+    /// Writes the low `size` (1..=8) bytes of `value`.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses; nothing is written then.
+    pub fn write(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        size: u32,
+        value: u64,
+        access: Access,
+    ) -> Result<WriteOutcome, Fault> {
+        let parts = self.resolve(space, la, size, access)?;
+        if let (Target::Ram(offset), None) = (parts.first.target, parts.second)
+            && self.phys.ram().store(offset, value, size)
+        {
+            return Ok(WriteOutcome::Done { code: self.code.note_write(parts.first.pa, u64::from(size)) });
+        }
+        if parts.has_io() {
+            return Ok(WriteOutcome::Io(parts));
+        }
+        let b = value.to_le_bytes();
+        let mut rest = b.get(..size as usize).unwrap_or_default();
+        let mut code = false;
+        for part in parts.iter() {
+            let (here, after) = rest.split_at_checked(part.len as usize).unwrap_or_default();
+            self.phys.write(part.pa, here);
+            code |= self.code.note_write(part.pa, here.len() as u64);
+            rest = after;
+        }
+        Ok(WriteOutcome::Done { code })
+    }
+
+    /// The parts of an access of any length, all pages checked for it.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses.
+    pub fn resolve_bytes(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        len: usize,
+        access: Access,
+    ) -> Result<Vec<Part>, Fault> {
+        let mut parts = Vec::with_capacity(len / PAGE_SIZE as usize + 2);
+        let mut done = 0;
+        while done < len {
+            let at = la.wrapping_add(done as u64);
+            let n = (len - done).min((PAGE_SIZE - at.page_offset()) as usize);
+            let pa = self.translate(space, at, access)?.pa;
+            parts.push(Part { pa, len: n as u32, target: self.phys.target(pa) });
+            done += n;
+        }
+        Ok(parts)
+    }
+
+    /// Reads `buf.len()` bytes.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses; `buf` is untouched then.
+    pub fn read_bytes(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        buf: &mut [u8],
+        access: Access,
+    ) -> Result<BytesOutcome, Fault> {
+        let parts = self.resolve_bytes(space, la, buf.len(), access)?;
+        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. })) {
+            return Ok(BytesOutcome::Io(parts));
+        }
+        let mut rest = buf;
+        for part in parts {
+            let (here, after) = rest.split_at_mut_checked(part.len as usize).unwrap_or_default();
+            self.phys.read(part.pa, here);
+            rest = after;
+        }
+        Ok(BytesOutcome::Done { code: false })
+    }
+
+    /// Writes `data`. Every page is checked before the first byte is written.
+    ///
+    /// # Errors
+    /// [`Fault`] of the first page that refuses; nothing is written then.
+    pub fn write_bytes(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        data: &[u8],
+        access: Access,
+    ) -> Result<BytesOutcome, Fault> {
+        let parts = self.resolve_bytes(space, la, data.len(), access)?;
+        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. })) {
+            return Ok(BytesOutcome::Io(parts));
+        }
+        let mut rest = data;
+        let mut code = false;
+        for part in parts {
+            let (here, after) = rest.split_at_checked(part.len as usize).unwrap_or_default();
+            self.phys.write(part.pa, here);
+            code |= self.code.note_write(part.pa, here.len() as u64);
+            rest = after;
+        }
+        Ok(BytesOutcome::Done { code })
+    }
+}
+
+// Code pages and the jump cache.
+impl Mmu {
+    /// A translation was made from `len` bytes at `pa` (in one page): from now on writes to the page take the slow path on
+    /// this vCPU. True when the page is newly a code page, and the other vCPUs must [`Self::revoke_write`] too.
+    pub fn protect(&mut self, pa: PhysAddr, len: u64) -> bool {
+        let newly = self.code.add(pa, len);
+        if newly {
+            self.revoke_write(pa);
+        }
+        newly
+    }
+
+    /// Gives up the write tags for the page of `pa` in all contexts.
+    pub fn revoke_write(&mut self, pa: PhysAddr) {
+        let n = pa.0 >> PAGE_SHIFT;
+        let Some(word) = self.write_cached.get_mut((n / 64) as usize) else { return };
+        if *word >> (n % 64) & 1 == 0 {
+            return;
+        }
+        *word &= !(1 << (n % 64));
+        for c in &mut self.contexts {
+            self.stats.write_tags_revoked += c.revoke_write(pa.page());
+        }
+    }
+
+    /// Puts an entry in the current context's jump cache. `la` is the linear address of its RIP; `global` says that all the
+    /// pages its code lies in are global ([`Fetched::global`]).
+    pub fn jump_insert(&mut self, la: LinearAddr, entry: JumpCacheEntry, global: bool) {
+        self.contexts[self.current].jump_insert(la, entry, global);
+    }
+
+    /// The current context's jump-cache entry for `rip`, if it is for `rip` and `flags`.
+    #[inline]
+    #[must_use]
+    pub fn jump_get(&self, rip: u64, flags: u64) -> Option<JumpCacheEntry> {
+        let e = self.contexts[self.current].jump_get(rip);
+        (e.rip == rip && e.flags == flags).then_some(e)
+    }
+
+    /// Drops the entry for `rip` from every context's jump cache.
+    pub fn jump_forget(&mut self, rip: u64) {
+        for c in &mut self.contexts {
+            c.jump_forget(rip);
+        }
+    }
+
+    /// Drops the entries for which `gone` holds from every context's jump cache.
+    pub fn jump_drop_where(&mut self, mut gone: impl FnMut(&JumpCacheEntry) -> bool) {
+        for c in &mut self.contexts {
+            c.jump_drop_where(&mut gone);
+        }
+    }
+
+    /// Empties every context's jump cache, as when all translated code is dropped.
+    pub fn jump_clear(&mut self) {
+        for c in &mut self.contexts {
+            c.jump_clear();
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! Page walks: from a linear address to a [`Mapping`] or a typed fault, one algorithm a paging mode.
+//!
+//! Place in the pipeline: under the TLB's fill. Walks are generic over [`GuestPhysical`], which is how paging-structure
+//! entries are read and changed: directly ([`Direct`]), or through a second translation stage. Invariants: nothing is made
+//! from an entry that is not present or has a reserved bit set (row A11); accessed and dirty flags are only set once the
+//! access is known to be allowed, each by a compare-and-exchange against the entry that was checked (row A6); when an
+//! entry changed meanwhile, the walk starts over.
+//! Sources: SDM Vol 3A, "32-Bit Paging", "PAE Paging", "4-Level Paging and 5-Level Paging", "Access Rights",
+//! "Page-Fault Exceptions", "Accessed and Dirty Flags".
+
+use twofold_arch::exception::pf;
+use twofold_arch::paging::{self, A, D, G, NX, P, PCD, PS, PWT, RW, US};
+use twofold_arch::{GuestPhysAddr, LinearAddr, PhysAddr};
+
+use crate::code::CodePages;
+use crate::physmap::PhysMap;
+use crate::rights::{Rights, refusal};
+use crate::space::{Access, AccessKind, AddressSpace, EptFault, Fault, PagingMode, PdpteError, access_error_bits};
+
+/// Width of a paging-structure entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EntryWidth {
+    /// 4 bytes: 32-bit paging.
+    Four,
+    /// 8 bytes: the other modes.
+    Eight,
+}
+
+/// Where a guest-physical page is on the bus, and what the second stage allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Frame {
+    /// The physical address that the guest-physical address translates to.
+    pub pa: PhysAddr,
+    /// log2 of the second stage's page size; 64 when there is no second stage.
+    pub shift: u8,
+    /// Reads are allowed.
+    pub read: bool,
+    /// Writes are allowed (and, where the second stage has dirty flags, the flag is set).
+    pub write: bool,
+    /// Fetches are allowed.
+    pub exec: bool,
+}
+
+/// Guest-physical memory as a walk sees it: the seam between guest paging and what lies under it.
+pub trait GuestPhysical {
+    /// Reads the paging-structure entry at `at`, which is aligned, for the translation of `la`.
+    ///
+    /// # Errors
+    /// [`EptFault`] when the second stage does not let the processor read there.
+    fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, la: LinearAddr) -> Result<u64, EptFault>;
+
+    /// Replaces the entry at `at` by `new` if it is still `old`, atomically; whether it was. Writes to what is no memory are
+    /// dropped and count as done.
+    ///
+    /// # Errors
+    /// [`EptFault`] when the second stage does not let the processor write there.
+    fn exchange_entry(
+        &mut self,
+        at: GuestPhysAddr,
+        width: EntryWidth,
+        old: u64,
+        new: u64,
+        la: LinearAddr,
+    ) -> Result<bool, EptFault>;
+
+    /// Translates the guest-physical address that guest paging made of `la`.
+    ///
+    /// # Errors
+    /// [`EptFault`] when the second stage has no translation or refuses an access of `kind`.
+    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, la: LinearAddr) -> Result<Frame, EptFault>;
+}
+
+/// Guest-physical memory without EPT: guest-physical addresses are physical addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Direct<'a> {
+    /// The physical map.
+    pub phys: &'a PhysMap,
+    /// Told about accessed and dirty flags written to code pages.
+    pub code: &'a CodePages,
+}
+
+impl Direct<'_> {
+    #[cold]
+    fn read_elsewhere(&self, pa: PhysAddr, width: EntryWidth) -> u64 {
+        let mut b = [0; 8];
+        let n = if width == EntryWidth::Four { 4 } else { 8 };
+        self.phys.read(pa, &mut b[..n]);
+        u64::from_le_bytes(b)
+    }
+}
+
+impl GuestPhysical for Direct<'_> {
+    #[inline]
+    fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, _la: LinearAddr) -> Result<u64, EptFault> {
+        let pa = at.without_ept();
+        let value = self.phys.ram_offset(pa).and_then(|offset| match width {
+            EntryWidth::Four => self.phys.ram().load_u32(offset).map(u64::from),
+            EntryWidth::Eight => self.phys.ram().load_u64(offset),
+        });
+        Ok(value.unwrap_or_else(|| self.read_elsewhere(pa, width)))
+    }
+
+    fn exchange_entry(
+        &mut self,
+        at: GuestPhysAddr,
+        width: EntryWidth,
+        old: u64,
+        new: u64,
+        _la: LinearAddr,
+    ) -> Result<bool, EptFault> {
+        let pa = at.without_ept();
+        let Some(offset) = self.phys.ram_offset(pa) else { return Ok(true) };
+        let (done, len) = match width {
+            EntryWidth::Four => (self.phys.ram().exchange_u32(offset, old as u32, new as u32), 4),
+            EntryWidth::Eight => (self.phys.ram().exchange_u64(offset, old, new), 8),
+        };
+        if done == Some(true) {
+            self.code.note_write(pa, len);
+        }
+        Ok(done.unwrap_or(true))
+    }
+
+    #[inline]
+    fn resolve(&mut self, at: GuestPhysAddr, _kind: AccessKind, _la: LinearAddr) -> Result<Frame, EptFault> {
+        Ok(Frame { pa: at.without_ept(), shift: 64, read: true, write: true, exec: true })
+    }
+}
+
+/// A view of guest-physical memory that changes nothing: what a debugger's walk uses.
+#[derive(Debug)]
+pub struct Peek<'a, M>(pub &'a mut M);
+
+impl<M: GuestPhysical> GuestPhysical for Peek<'_, M> {
+    fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, la: LinearAddr) -> Result<u64, EptFault> {
+        self.0.read_entry(at, width, la)
+    }
+    fn exchange_entry(
+        &mut self,
+        _at: GuestPhysAddr,
+        _width: EntryWidth,
+        _old: u64,
+        _new: u64,
+        _la: LinearAddr,
+    ) -> Result<bool, EptFault> {
+        Ok(true)
+    }
+    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, la: LinearAddr) -> Result<Frame, EptFault> {
+        self.0.resolve(at, kind, la)
+    }
+}
+
+/// What a walk found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mapping {
+    /// The physical address of the 4 KiB page that holds the linear address.
+    pub page: PhysAddr,
+    /// Its guest-physical address; the same number when there is no EPT.
+    pub guest_page: GuestPhysAddr,
+    /// log2 of the page size: 12, 21, 22 or 30; the smaller one where a second stage's page is smaller. 12 without paging.
+    pub shift: u8,
+    /// What the guest's entries allow.
+    pub rights: Rights,
+    /// What the second stage allows; all true without one.
+    pub stage2: Frame,
+    /// The G flag of the leaf, if CR4.PGE = 1.
+    pub global: bool,
+    /// The leaf's D flag is set (now).
+    pub dirty: bool,
+    /// The leaf's PAT, PCD, PWT as an index into IA32_PAT, 0..=7.
+    pub pat_index: u8,
+}
+
+/// What a walk cost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WalkCounts {
+    /// Entries read.
+    pub entries_read: u64,
+    /// Accessed and dirty flags written (entries changed).
+    pub ad_writes: u64,
+}
+
+/// An entry that a walk used.
+#[derive(Clone, Copy)]
+struct Step {
+    at: GuestPhysAddr,
+    entry: u64,
+}
+
+/// The entries that a walk used, topmost first.
+struct Steps {
+    steps: [Step; 5],
+    len: usize,
+    width: EntryWidth,
+    /// AND of the entries' flags: RW, US, A.
+    all: u64,
+    /// OR of the entries' flags: NX.
+    any: u64,
+}
+
+impl Steps {
+    #[inline]
+    fn new(width: EntryWidth) -> Self {
+        Self { steps: [Step { at: GuestPhysAddr(0), entry: 0 }; 5], len: 0, width, all: u64::MAX, any: 0 }
+    }
+
+    #[inline]
+    fn push(&mut self, at: GuestPhysAddr, entry: u64) {
+        if let Some(s) = self.steps.get_mut(self.len) {
+            *s = Step { at, entry };
+            self.len += 1;
+        }
+        self.all &= entry;
+        self.any |= entry;
+    }
+}
+
+/// The leaf entry of a walk.
+struct Leaf {
+    entry: u64,
+    /// log2 of the page size.
+    shift: u8,
+    /// Guest-physical address of the page.
+    base: u64,
+    /// Where the entry keeps its PAT bit.
+    pat: u64,
+}
+
+/// Walks the paging structures of `space` for `access` to `la`, sets accessed and dirty flags, and returns the mapping.
+///
+/// `la` must be canonical (4- and 5-level paging) or below 4 GiB (the other modes).
+///
+/// # Errors
+/// [`Fault::Page`] with the SDM's error code, or [`Fault::Ept`] from the second stage.
+#[inline]
+pub fn walk<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<Mapping, Fault> {
+    loop {
+        let found = match space.mode {
+            PagingMode::None => return unpaged(la, access, memory),
+            PagingMode::Bits32 => walk_32(space, la, access, memory, counts)?,
+            PagingMode::Pae => walk_pae(space, la, access, memory, counts)?,
+            PagingMode::Level4 => walk_long::<4, M>(space, la, access, memory, counts)?,
+            PagingMode::Level5 => walk_long::<5, M>(space, la, access, memory, counts)?,
+        };
+        if let Some(mapping) = finish(space, la, access, &found.0, &found.1, memory, counts)? {
+            return Ok(mapping);
+        }
+    }
+}
+
+/// CR0.PG = 0: everything is allowed, only the second stage may refuse.
+fn unpaged<M: GuestPhysical>(la: LinearAddr, access: Access, memory: &mut M) -> Result<Mapping, Fault> {
+    let guest_page = GuestPhysAddr(la.page().0);
+    let stage2 = memory.resolve(guest_page, access.kind, la).map_err(Fault::Ept)?;
+    Ok(Mapping {
+        page: stage2.pa,
+        guest_page,
+        shift: paging::SHIFT_4K,
+        rights: Rights { user: true, write: true, exec: true, pkey: 0 },
+        stage2,
+        global: false,
+        dirty: true,
+        pat_index: 0,
+    })
+}
+
+#[cold]
+fn not_present(space: &AddressSpace, la: LinearAddr, access: Access) -> Fault {
+    Fault::Page { error: access_error_bits(space, access), la }
+}
+
+#[cold]
+fn reserved_bit(space: &AddressSpace, la: LinearAddr, access: Access) -> Fault {
+    Fault::Page { error: access_error_bits(space, access) | pf::P | pf::RSVD, la }
+}
+
+/// 32-bit paging (SDM Vol 3A, "32-Bit Paging").
+fn walk_32<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<(Steps, Leaf), Fault> {
+    let mut steps = Steps::new(EntryWidth::Four);
+    let at = GuestPhysAddr((space.cr3 & 0xffff_f000) | (la.0 >> 22 & 0x3ff) << 2);
+    let pde = memory.read_entry(at, EntryWidth::Four, la).map_err(Fault::Ept)?;
+    counts.entries_read += 1;
+    if pde & P == 0 {
+        return Err(not_present(space, la, access));
+    }
+    steps.push(at, pde);
+    if space.pse && pde & PS != 0 {
+        if pde & paging::pse_reserved(u32::from(space.maxphyaddr)) != 0 {
+            return Err(reserved_bit(space, la, access));
+        }
+        let base = paging::pse_address(pde);
+        return Ok((steps, Leaf { entry: pde, shift: paging::SHIFT_4M, base, pat: paging::PAT_LARGE }));
+    }
+    let at = GuestPhysAddr((pde & 0xffff_f000) | (la.0 >> 12 & 0x3ff) << 2);
+    let pte = memory.read_entry(at, EntryWidth::Four, la).map_err(Fault::Ept)?;
+    counts.entries_read += 1;
+    if pte & P == 0 {
+        return Err(not_present(space, la, access));
+    }
+    steps.push(at, pte);
+    let base = pte & 0xffff_f000;
+    Ok((steps, Leaf { entry: pte, shift: paging::SHIFT_4K, base, pat: paging::PAT_4K }))
+}
+
+/// PAE paging (SDM Vol 3A, "PAE Paging"): starts from the PDPTE registers, which were checked when they were loaded.
+fn walk_pae<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<(Steps, Leaf), Fault> {
+    let pdpte = space.pdptes[(la.0 >> 30 & 3) as usize];
+    if pdpte & P == 0 {
+        return Err(not_present(space, la, access));
+    }
+    let reserved = paging::pae_reserved(u32::from(space.maxphyaddr), space.nxe);
+    descend::<2, M>(space, la, access, pdpte & paging::ADDR, reserved, memory, counts)
+}
+
+/// 4-level and 5-level paging (SDM Vol 3A, "4-Level Paging and 5-Level Paging").
+#[inline]
+fn walk_long<const LEVELS: u32, M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<(Steps, Leaf), Fault> {
+    let reserved = paging::long_reserved(u32::from(space.maxphyaddr), space.nxe);
+    descend::<LEVELS, M>(space, la, access, space.cr3 & paging::ADDR, reserved, memory, counts)
+}
+
+/// From a table of 64-bit entries at `level` (1 is the page table) down to the leaf.
+#[inline]
+fn descend<const LEVELS: u32, M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    top: u64,
+    reserved: u64,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<(Steps, Leaf), Fault> {
+    let mut steps = Steps::new(EntryWidth::Eight);
+    let mut table = top;
+    let mut level = LEVELS;
+    loop {
+        let shift = 3 + 9 * level as u8;
+        let at = GuestPhysAddr(table | (la.0 >> shift & 0x1ff) << 3);
+        let entry = memory.read_entry(at, EntryWidth::Eight, la).map_err(Fault::Ept)?;
+        counts.entries_read += 1;
+        if entry & P == 0 {
+            return Err(not_present(space, la, access));
+        }
+        let large_allowed = level == 2 || (level == 3 && space.gigabyte_pages);
+        let is_leaf = level == 1 || (large_allowed && entry & PS != 0);
+        let here = match level {
+            1 => 0,
+            _ if is_leaf => paging::large_reserved(shift),
+            // Where no page can be mapped, PS is reserved; in a PDE it selects the page size.
+            2 => 0,
+            _ => PS,
+        };
+        if entry & (reserved | here) != 0 {
+            return Err(reserved_bit(space, la, access));
+        }
+        steps.push(at, entry);
+        if is_leaf {
+            let base = entry & paging::ADDR & (u64::MAX << shift);
+            let pat = if level == 1 { paging::PAT_4K } else { paging::PAT_LARGE };
+            return Ok((steps, Leaf { entry, shift, base, pat }));
+        }
+        table = entry & paging::ADDR;
+        level -= 1;
+    }
+}
+
+/// Rights, accessed and dirty flags, second stage. `None`: an entry changed under the walk, which must start over.
+#[inline]
+fn finish<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    steps: &Steps,
+    leaf: &Leaf,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<Option<Mapping>, Fault> {
+    let long = matches!(space.mode, PagingMode::Level4 | PagingMode::Level5);
+    let rights = Rights {
+        user: steps.all & US != 0,
+        write: steps.all & RW != 0,
+        // With EFER.NXE = 0 the bit is reserved, and 32-bit entries do not have it.
+        exec: steps.any & NX == 0,
+        pkey: if long { (leaf.entry >> paging::PKEY_SHIFT & 15) as u8 } else { 0 },
+    };
+    if let Some(error) = refusal(space, rights, access) {
+        return Err(Fault::Page { error: error | access_error_bits(space, access), la });
+    }
+    let dirty = access.is_write() || leaf.entry & D != 0;
+    let leaf_wants = if access.is_write() { A | D } else { A };
+    if (steps.all & A == 0 || leaf.entry & leaf_wants != leaf_wants)
+        && !set_flags(steps, leaf_wants, la, memory, counts)?
+    {
+        return Ok(None);
+    }
+    let offset = la.page().0 & !(u64::MAX << leaf.shift);
+    let guest_page = GuestPhysAddr(leaf.base | offset);
+    let stage2 = memory.resolve(guest_page, access.kind, la).map_err(Fault::Ept)?;
+    let pat = u8::from(leaf.entry & leaf.pat != 0) << 2;
+    let pcd_pwt = u8::from(leaf.entry & PCD != 0) << 1 | u8::from(leaf.entry & PWT != 0);
+    Ok(Some(Mapping {
+        page: stage2.pa.page(),
+        guest_page,
+        shift: leaf.shift.min(stage2.shift),
+        rights,
+        stage2,
+        global: space.pge && leaf.entry & G != 0,
+        dirty,
+        pat_index: pat | pcd_pwt,
+    }))
+}
+
+/// Sets A in every entry used, and what `leaf_wants` says in the last. False when one of them changed meanwhile.
+#[cold]
+fn set_flags<M: GuestPhysical>(
+    steps: &Steps,
+    leaf_wants: u64,
+    la: LinearAddr,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+) -> Result<bool, Fault> {
+    let used = steps.steps.get(..steps.len).unwrap_or_default();
+    for (i, step) in used.iter().enumerate() {
+        let wants = if i + 1 == used.len() { leaf_wants } else { A };
+        if step.entry & wants == wants {
+            continue;
+        }
+        let new = step.entry | wants;
+        if !memory.exchange_entry(step.at, steps.width, step.entry, new, la).map_err(Fault::Ept)? {
+            return Ok(false);
+        }
+        counts.ad_writes += 1;
+    }
+    Ok(true)
+}
+
+/// Reads the PDPTE registers of PAE paging from the table that `cr3` points to (SDM Vol 3A, "PDPTE Registers").
+///
+/// # Errors
+/// [`PdpteError::Reserved`] when a present entry has a reserved bit set: then nothing may be loaded.
+pub fn load_pdptes<M: GuestPhysical>(cr3: u64, maxphyaddr: u8, memory: &mut M) -> Result<[u64; 4], PdpteError> {
+    let mut pdptes = [0; 4];
+    let reserved = paging::pdpte_reserved(u32::from(maxphyaddr));
+    for (i, pdpte) in pdptes.iter_mut().enumerate() {
+        let at = GuestPhysAddr((cr3 & 0xffff_ffe0) + 8 * i as u64);
+        *pdpte = memory.read_entry(at, EntryWidth::Eight, LinearAddr(0)).map_err(PdpteError::Ept)?;
+        if *pdpte & P != 0 && *pdpte & reserved != 0 {
+            return Err(PdpteError::Reserved { index: i as u8 });
+        }
+    }
+    Ok(pdptes)
+}
