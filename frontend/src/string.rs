@@ -1,0 +1,5 @@
+//! (in the making)
+
+use crate::table::Row;
+
+pub const ROWS: &[Row] = &[];

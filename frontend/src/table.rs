@@ -1,0 +1,187 @@
+//! The instruction table: a row per instruction says what must hold before it and which emitter writes its ops.
+//!
+//! Place: between the decoder and the emitters. The families (one file each) list their rows; [`lookup`] finds a row by
+//! iced's `Code`, a row for one `Code` before a row for its whole `Mnemonic`. [`check`] does the checks in the SDM's
+//! order: #UD (feature, mode; the decoder has already refused LOCK where it is not allowed, and encodings that do not
+//! exist in the code size), then #NM, then the CPL.
+
+use std::sync::LazyLock;
+
+use iced_x86::{Code, Mnemonic};
+use twofold_arch::cpuid::{Feature, Features};
+use twofold_arch::{Exception, TbFlags};
+
+use crate::translator::Translator;
+
+/// Writes the ops of the instruction that the translator stands at.
+pub type Emit = fn(&mut Translator<'_>);
+
+/// What must hold before an instruction, beside its feature.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Need(pub u16);
+
+impl Need {
+    /// Nothing.
+    pub const NONE: Need = Need(0);
+    /// CPL 0, else #GP(0).
+    pub const CPL0: Need = Need(1);
+    /// Protected mode (not virtual-8086), else #UD.
+    pub const PROTECTED: Need = Need(2);
+    /// SSE state usable: #UD for CR0.EM or CR4.OSFXSR = 0, then #NM for CR0.TS.
+    pub const SSE: Need = Need(4);
+    /// MMX usable: #UD for CR0.EM, then #NM for CR0.TS.
+    pub const MMX: Need = Need(8);
+    /// x87 usable: #NM for CR0.EM or CR0.TS.
+    pub const X87: Need = Need(16);
+    /// WAIT: #NM for CR0.MP and CR0.TS.
+    pub const WAIT: Need = Need(32);
+    /// 64-bit mode, else #UD.
+    pub const BITS64: Need = Need(64);
+    /// #NM for CR0.TS or CR0.EM as FXSAVE and FXRSTOR have it.
+    pub const FXSR: Need = Need(128);
+    /// #NM for CR0.TS alone (XSAVE and its kin).
+    pub const TS: Need = Need(256);
+
+    /// Both.
+    #[must_use]
+    pub const fn and(self, other: Need) -> Need {
+        Need(self.0 | other.0)
+    }
+    const fn has(self, other: Need) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+/// What a row is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Key {
+    /// All forms of a mnemonic that have no row of their own.
+    All(Mnemonic),
+    /// One form.
+    One(Code),
+}
+
+/// A row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// What it is for.
+    pub key: Key,
+    /// What must hold.
+    pub need: Need,
+    /// The feature without which it is #UD.
+    pub feature: Option<Feature>,
+    /// The emitter.
+    pub emit: Emit,
+}
+
+impl Row {
+    /// A row for all forms of a mnemonic.
+    #[must_use]
+    pub const fn all(m: Mnemonic, emit: Emit) -> Row {
+        Row { key: Key::All(m), need: Need::NONE, feature: None, emit }
+    }
+    /// A row for one form.
+    #[must_use]
+    pub const fn one(c: Code, emit: Emit) -> Row {
+        Row { key: Key::One(c), need: Need::NONE, feature: None, emit }
+    }
+    /// The row with needs added.
+    #[must_use]
+    pub const fn need(mut self, need: Need) -> Row {
+        self.need = self.need.and(need);
+        self
+    }
+    /// The row with its feature.
+    #[must_use]
+    pub const fn feature(mut self, f: Feature) -> Row {
+        self.feature = Some(f);
+        self
+    }
+}
+
+/// The families' rows. A later row for the same key wins.
+static FAMILIES: &[&[Row]] = &[
+    crate::moves::ROWS,
+    crate::arith::ROWS,
+    crate::muldiv::ROWS,
+    crate::shift::ROWS,
+    crate::bits::ROWS,
+    crate::flags::ROWS,
+    crate::branch::ROWS,
+    crate::stack::ROWS,
+    crate::string::ROWS,
+    crate::segments::ROWS,
+    crate::system::ROWS,
+    crate::x87::ROWS,
+    crate::mmx::ROWS,
+    crate::sse::ROWS,
+];
+
+struct Table {
+    rows: Vec<Row>,
+    /// By `Code`: index in `rows` plus 1, or 0.
+    index: Box<[u16]>,
+}
+
+static TABLE: LazyLock<Table> = LazyLock::new(|| {
+    let rows: Vec<Row> = FAMILIES.iter().flat_map(|f| f.iter().copied()).collect();
+    let mnemonics = Mnemonic::values().len();
+    let mut by_mnemonic = vec![0u16; mnemonics];
+    for (i, row) in rows.iter().enumerate() {
+        if let Key::All(m) = row.key {
+            by_mnemonic[m as usize] = i as u16 + 1;
+        }
+    }
+    let mut index: Box<[u16]> = Code::values().map(|c| by_mnemonic[c.mnemonic() as usize]).collect();
+    for (i, row) in rows.iter().enumerate() {
+        if let Key::One(c) = row.key {
+            index[c as usize] = i as u16 + 1;
+        }
+    }
+    Table { rows, index }
+});
+
+/// The row of an instruction form; `None` when twofold does not have it.
+#[must_use]
+pub fn lookup(code: Code) -> Option<&'static Row> {
+    let t = &*TABLE;
+    match t.index[code as usize] {
+        0 => None,
+        n => Some(&t.rows[usize::from(n) - 1]),
+    }
+}
+
+/// The checks of a row, in the SDM's priority order.
+///
+/// # Errors
+/// The exception the instruction raises whatever its operands hold.
+pub fn check(row: &Row, t: &Translator<'_>) -> Result<(), Exception> {
+    if row.feature.is_none() && row.need == Need::NONE {
+        return Ok(());
+    }
+    let Row { need, feature, .. } = *row;
+    let flags = t.flags;
+    let missing = feature.is_some_and(|f| !has(t.features, f));
+    if missing
+        || need.has(Need::PROTECTED) && !flags.has(TbFlags::PROTECTED)
+        || need.has(Need::BITS64) && !flags.is64()
+        || need.has(Need::SSE) && flags.has(TbFlags::SSE_UD)
+        || need.has(Need::MMX) && flags.has(TbFlags::MMX_UD)
+    {
+        return Err(Exception::UD);
+    }
+    if need.has(Need(Need::SSE.0 | Need::MMX.0 | Need::TS.0)) && flags.has(TbFlags::TS)
+        || need.has(Need(Need::X87.0 | Need::FXSR.0)) && flags.has(TbFlags::X87_NM)
+        || need.has(Need::WAIT) && flags.has(TbFlags::WAIT_NM)
+    {
+        return Err(Exception::NM);
+    }
+    if need.has(Need::CPL0) && flags.cpl() != 0 {
+        return Err(Exception::GP0);
+    }
+    Ok(())
+}
+
+fn has(features: Features, f: Feature) -> bool {
+    features.has(f)
+}
