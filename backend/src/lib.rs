@@ -1,1 +1,27 @@
-//! (in the making)
+//! IR to host code: the quick tier, its code memory, and the interface between translated code and the runtime.
+//!
+//! Place in the pipeline: after the IR's passes. [`Compiler`] turns a block into a [`CompiledTb`] (position-independent
+//! bytes, on any thread); [`CodeMemory`] installs it and chains it; [`enter`] runs it and says how it left ([`Leave`]).
+//!
+//! Invariants: code memory is never writable and executable in one mapping; a fault leaves by an assembly thunk, so no
+//! Rust frame is skipped; guest state is exact at every call out of translated code.
+//!
+//! On hosts other than x86-64 the crate compiles and [`available`] says no: everything runs in the evaluator.
+
+mod abi;
+mod code;
+mod compiler;
+mod disasm;
+mod layout;
+mod lower;
+pub mod perf;
+#[cfg(target_arch = "x86_64")]
+mod thunks;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "thunks_none.rs"]
+mod thunks;
+
+pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
+pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
+pub use compiler::{CompileError, CompiledTb, Compiler, Options, Probe};
+pub use thunks::{available, enter};

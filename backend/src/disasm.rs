@@ -1,0 +1,1 @@
+//! Disassembly of host code for `-d out_asm` and the goldens.
