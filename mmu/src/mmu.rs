@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use twofold_arch::paging::SHIFT_4K;
+use twofold_arch::tbflags::MemMode;
 use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::code::CodePages;
@@ -191,13 +192,13 @@ impl Mmu {
             "the address space was changed behind the MMU"
         );
         match self.contexts[self.current].table(mode).lookup(la, access.kind) {
-            Some(hit) => Ok(self.from_hit(space, la, access, hit)),
+            Some(hit) => Ok(self.use_hit(space, la, access, hit)),
             None => self.fill(space, la, access),
         }
     }
 
     #[inline]
-    fn from_hit(&mut self, space: &AddressSpace, la: LinearAddr, access: Access, hit: Hit) -> Translation {
+    fn use_hit(&mut self, space: &AddressSpace, la: LinearAddr, access: Access, hit: Hit) -> Translation {
         let mut slow = hit.slow;
         if slow & SLOW_CODE != 0 && !self.code.is_code(hit.page) {
             self.contexts[self.current].table_mut(space.mem_mode(access)).restore_write(la);
@@ -223,8 +224,12 @@ impl Mmu {
             let kind = EptFaultKind::Misconfiguration;
             return Err(Fault::Ept(EptFault { kind, gpa: GuestPhysAddr(0), la: Some(la) }));
         }
-        let (phys, code) = (Arc::clone(&self.phys), Arc::clone(&self.code));
-        self.fill_through(space, la, access, &mut Direct { phys: &phys, code: &code })
+        let mut counts = WalkCounts::default();
+        let found = match check_linear(space, la) {
+            Ok(la) => walk(space, la, access, &mut Direct { phys: &self.phys, code: &self.code }, &mut counts),
+            Err(fault) => Err(fault),
+        };
+        self.settle(space, la, access, found, counts)
     }
 
     /// [`Self::fill`] with paging-structure entries read and guest-physical addresses resolved by `memory`.
@@ -238,16 +243,31 @@ impl Mmu {
         access: Access,
         memory: &mut M,
     ) -> Result<Translation, Fault> {
+        let mut counts = WalkCounts::default();
+        let found = match check_linear(space, la) {
+            Ok(la) => walk(space, la, access, memory, &mut counts),
+            Err(fault) => Err(fault),
+        };
+        self.settle(space, la, access, found, counts)
+    }
+
+    /// The end of a miss: counts, and the translation installed if the walk found one.
+    #[inline]
+    fn settle(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        access: Access,
+        found: Result<Mapping, Fault>,
+        counts: WalkCounts,
+    ) -> Result<Translation, Fault> {
         self.stats.misses += 1;
-        let la = check_linear(space, la)?;
         self.stats.walks[space.mode as usize] += 1;
         self.stats.nested_walks += u64::from(space.eptp.is_some());
-        let mut counts = WalkCounts::default();
-        let found = walk(space, la, access, memory, &mut counts);
         self.stats.entries_read += counts.entries_read;
         self.stats.ad_writes += counts.ad_writes;
         match found {
-            Ok(mapping) => Ok(self.install(space, la, access, &mapping)),
+            Ok(mapping) => Ok(self.install(space, check_linear(space, la)?, access, &mapping)),
             Err(fault) => {
                 self.stats.faults += 1;
                 Err(fault)
@@ -307,6 +327,21 @@ impl Mmu {
         if let Some(w) = self.write_cached.get_mut((n / 64) as usize) {
             *w |= 1 << (n % 64);
         }
+    }
+
+    /// Loads 1, 2, 4 or 8 bytes, zero-extended, if translated code's probe would hit: what the evaluator tries before
+    /// [`Self::read`].
+    #[inline]
+    #[must_use]
+    pub fn load_cached(&self, mode: MemMode, la: LinearAddr, size: u32) -> Option<u64> {
+        self.contexts[self.current].table(mode).load(la, size)
+    }
+
+    /// Stores 1, 2, 4 or 8 bytes if translated code's probe would hit; false when it would not, and nothing is done.
+    #[inline]
+    #[must_use]
+    pub fn store_cached(&self, mode: MemMode, la: LinearAddr, size: u32, value: u64) -> bool {
+        self.contexts[self.current].table(mode).store(la, size, value)
     }
 
     /// Where the instruction byte at `la` is, for code at CPL 3 (`user`) or below.

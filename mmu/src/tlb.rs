@@ -253,6 +253,54 @@ impl Table {
         Some(Hit { page, slow: tag & SLOW, addend: e.addend, global: self.global.has(i) })
     }
 
+    /// The host address of `size` bytes at `la` if the probe of translated code hits.
+    #[inline]
+    fn probe(&self, la: LinearAddr, size: u32, tag: impl Fn(&TlbEntry) -> u64) -> Option<*mut u8> {
+        let e = self.entries.get(self.index(la));
+        let last = la.0.wrapping_add(u64::from(size) - 1);
+        (last & PAGE_MASK == tag(&e))
+            .then(|| std::ptr::with_exposed_provenance_mut(la.0.wrapping_add(e.addend) as usize))
+    }
+
+    /// Loads 1, 2, 4 or 8 bytes on a hit. Relies, as translated code does, on the memory behind a matching tag staying
+    /// mapped while the context lives: `Mmu` holds the physical map for as long.
+    #[inline]
+    pub(crate) fn load(&self, la: LinearAddr, size: u32) -> Option<u64> {
+        if !matches!(size, 1 | 2 | 4 | 8) {
+            return None;
+        }
+        let p = self.probe(la, size, |e| e.read)?;
+        // SAFETY: a read tag that matches stands for a page of RAM or ROM that is mapped (see above), and the access does
+        // not leave the page. Other vCPUs may write there; a guest that races gets what it gets on a processor.
+        Some(unsafe {
+            match size {
+                1 => u64::from(p.read()),
+                2 => u64::from(u16::from_le(p.cast::<u16>().read_unaligned())),
+                4 => u64::from(u32::from_le(p.cast::<u32>().read_unaligned())),
+                _ => u64::from_le(p.cast::<u64>().read_unaligned()),
+            }
+        })
+    }
+
+    /// Stores 1, 2, 4 or 8 bytes on a hit; false on a miss.
+    #[inline]
+    pub(crate) fn store(&self, la: LinearAddr, size: u32, value: u64) -> bool {
+        if !matches!(size, 1 | 2 | 4 | 8) {
+            return false;
+        }
+        let Some(p) = self.probe(la, size, |e| e.write) else { return false };
+        // SAFETY: as in `load`; a write tag that matches stands for RAM.
+        unsafe {
+            match size {
+                1 => p.write(value as u8),
+                2 => p.cast::<u16>().write_unaligned((value as u16).to_le()),
+                4 => p.cast::<u32>().write_unaligned((value as u32).to_le()),
+                _ => p.cast::<u64>().write_unaligned(value.to_le()),
+            }
+        }
+        true
+    }
+
     /// Puts a translation in, in the place of what was there. True when the table would do better with more entries.
     #[inline]
     pub(crate) fn install(&mut self, new: &NewEntry) -> bool {
