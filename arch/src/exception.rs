@@ -26,6 +26,36 @@ pub enum Vector {
     Virtualization = 20,
 }
 
+impl Vector {
+    /// The vector with this number, if it is an exception's.
+    #[must_use]
+    pub const fn from_number(n: u8) -> Option<Self> {
+        use Vector::*;
+        Some(match n {
+            0 => DivideError,
+            1 => Debug,
+            2 => Nmi,
+            3 => Breakpoint,
+            4 => Overflow,
+            5 => BoundRange,
+            6 => InvalidOpcode,
+            7 => DeviceNotAvailable,
+            8 => DoubleFault,
+            10 => InvalidTss,
+            11 => SegmentNotPresent,
+            12 => StackFault,
+            13 => GeneralProtection,
+            14 => PageFault,
+            16 => X87Fault,
+            17 => AlignmentCheck,
+            18 => MachineCheck,
+            19 => SimdFault,
+            20 => Virtualization,
+            _ => return None,
+        })
+    }
+}
+
 /// An exception to be delivered: vector, error code where the vector has one, CR2 for a page fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Exception {

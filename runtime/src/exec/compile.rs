@@ -1,0 +1,205 @@
+//! The background compile thread: hot blocks go out as bytes, come back as host code, and are installed between blocks.
+//!
+//! Place in the pipeline: beside the dispatcher. The thread translates the bytes again (a few microseconds) instead of
+//! every block keeping its IR. Invariants: an answer is installed only if its block is still the one that was asked for;
+//! the thread owns its compiler and never touches guest state.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use twofold_arch::TbFlags;
+use twofold_arch::cpuid::Features;
+use twofold_backend::{CompileError, CompiledTb, Compiler, Options};
+use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
+use twofold_ir::Block;
+use twofold_ir::passes::{Options as PassOptions, Passes};
+
+use super::tb::{TbId, TierState};
+use crate::vcpu::Vcpu;
+
+/// A block to compile.
+struct Job {
+    id: TbId,
+    serial: u64,
+    flags: TbFlags,
+    off: u16,
+    insns: usize,
+    bytes: Vec<u8>,
+    features: Features,
+}
+
+/// Its host code.
+struct Done {
+    id: TbId,
+    serial: u64,
+    ns: u64,
+    result: Result<CompiledTb, CompileError>,
+}
+
+/// The compile thread as the dispatcher sees it.
+pub struct CompileQueue {
+    jobs: Sender<Job>,
+    done: Receiver<Done>,
+    ready: Arc<AtomicUsize>,
+    /// Jobs that have not come back.
+    pub in_flight: usize,
+}
+
+impl CompileQueue {
+    /// Starts the thread; `None` when this host has no compiler or no thread to give.
+    #[must_use]
+    pub fn start(options: Options) -> Option<Self> {
+        let compiler = Compiler::new(options).ok()?;
+        let (jobs, todo) = channel::<Job>();
+        let (out, done) = channel();
+        let ready = Arc::new(AtomicUsize::new(0));
+        let counter = ready.clone();
+        std::thread::Builder::new()
+            .name(String::from("twofold-compile"))
+            .spawn(move || worker(compiler, &todo, &out, &counter))
+            .ok()?;
+        Some(Self { jobs, done, ready, in_flight: 0 })
+    }
+
+    /// Whether host code waits to be installed. One relaxed load.
+    #[inline]
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed) != 0
+    }
+}
+
+fn worker(mut compiler: Compiler, todo: &Receiver<Job>, out: &Sender<Done>, ready: &AtomicUsize) {
+    let mut passes = Passes::default();
+    while let Ok(job) = todo.recv() {
+        let start = Instant::now();
+        let result = match retranslate(&job, &mut passes) {
+            Some(block) => compiler.compile(&block),
+            None => continue,
+        };
+        let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
+        ready.fetch_add(1, Ordering::Release);
+        if out.send(Done { id: job.id, serial: job.serial, ns, result }).is_err() {
+            return;
+        }
+    }
+}
+
+/// The job's IR, made the way `translate` made it.
+fn retranslate(job: &Job, passes: &mut Passes) -> Option<Block> {
+    let in_page = job.bytes.len().min(0x1000 - job.off as usize);
+    let (page, rest) = job.bytes.split_at(in_page);
+    let mut next_page = || {
+        let mut tail = [0; MAX_INSN_LEN];
+        let n = rest.len().min(MAX_INSN_LEN);
+        tail[..n].copy_from_slice(&rest[..n]);
+        Some(tail)
+    };
+    let request = Request {
+        flags: job.flags,
+        off: job.off,
+        page,
+        next_page: &mut next_page,
+        features: job.features,
+        max_insns: job.insns,
+    };
+    let mut block = translate_block(request).ok()?;
+    passes.run(&mut block, &PassOptions::default());
+    Some(block)
+}
+
+/// Asks for host code for block `id`.
+pub fn request(vcpu: &mut Vcpu, id: TbId) {
+    let features = vcpu.model.features;
+    let tb = vcpu.jit.tbs.get(id);
+    if tb.tier != TierState::Cold || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
+        return;
+    }
+    let (key, len, second) = (tb.key, tb.len as usize, tb.second_page);
+    let mut bytes = vec![0; len];
+    let first = len.min(0x1000 - key.pa.page_offset() as usize);
+    vcpu.shared.map.read(key.pa, &mut bytes[..first]);
+    if let Some(page) = second {
+        vcpu.shared.map.read(page, &mut bytes[first..]);
+    }
+    let job = Job {
+        id,
+        serial: tb.serial,
+        flags: key.flags,
+        off: key.pa.page_offset() as u16,
+        insns: tb.insns as usize,
+        bytes,
+        features,
+    };
+    if let Some(queue) = &mut vcpu.jit.queue
+        && queue.jobs.send(job).is_ok()
+    {
+        queue.in_flight += 1;
+        vcpu.jit.tbs.get_mut(id).tier = TierState::Queued;
+        vcpu.counters.compile_requests += 1;
+    }
+}
+
+/// Installs all host code that has come back.
+pub fn install_ready(vcpu: &mut Vcpu) {
+    loop {
+        let Some(queue) = &mut vcpu.jit.queue else { return };
+        let Ok(done) = queue.done.try_recv() else { return };
+        queue.ready.fetch_sub(1, Ordering::Relaxed);
+        queue.in_flight -= 1;
+        vcpu.counters.compile_ns += done.ns;
+        let tb = vcpu.jit.tbs.get(done.id);
+        if !tb.live || tb.serial != done.serial {
+            vcpu.counters.compile_stale += 1;
+            continue;
+        }
+        match done.result {
+            Ok(compiled) => install(vcpu, done.id, &compiled),
+            Err(error) => {
+                vcpu.counters.compile_refused += 1;
+                vcpu.jit.tbs.get_mut(done.id).tier = TierState::Refused;
+                vcpu.trace.warn_once("compile", &format!("a block stays in the evaluator: {error}"));
+            }
+        }
+    }
+}
+
+/// Puts host code in code memory; evicts the oldest when there is no room.
+fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
+    for _ in 0..2 {
+        let Some(code) = &mut vcpu.jit.code else { return };
+        match code.install(compiled, id.0) {
+            Ok(installed) => {
+                vcpu.counters.compiled += 1;
+                vcpu.counters.code_bytes += compiled.len() as u64;
+                vcpu.jit.tbs.set_code(id, installed);
+                return;
+            }
+            Err(_full) => evict(vcpu),
+        }
+    }
+    vcpu.jit.tbs.get_mut(id).tier = TierState::Refused;
+}
+
+/// Frees the oldest region of code memory: its blocks go back to the evaluator.
+fn evict(vcpu: &mut Vcpu) {
+    let Some(code) = &mut vcpu.jit.code else { return };
+    vcpu.counters.evictions += 1;
+    for number in code.evict_oldest() {
+        let tb = vcpu.jit.tbs.get_mut(TbId(number));
+        // A dead block's id may be another's by now, with code elsewhere.
+        if !tb.live || tb.code.take().is_none() {
+            continue;
+        }
+        tb.tier = TierState::Cold;
+        tb.runs = 0;
+        let incoming = std::mem::take(&mut tb.incoming);
+        vcpu.counters.evicted_tbs += 1;
+        vcpu.jit.unlink(&incoming);
+    }
+    vcpu.mmu.jump_clear();
+    vcpu.counters.jump_cache_clears += 1;
+}

@@ -1,0 +1,411 @@
+//! The dispatcher: the loop that delivers events, finds the next block and runs it in its tier.
+//!
+//! Place in the pipeline: the top of execution, one call per vCPU. Invariants: on entry to a block `rip_base` and the page
+//! offset agree with its linear address, `tb_flags` are those of its key; between blocks `state.rip` is valid and
+//! `budget` has been charged exactly for what retired.
+#![allow(unsafe_code)] // enters host code, and runs a program that stays in place while its block is in the store
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use twofold_arch::control::rflags;
+use twofold_arch::{Exception, LinearAddr, PAGE_MASK, PhysAddr, TbFlags};
+use twofold_backend::Leave as CodeLeave;
+use twofold_mmu::JumpCacheEntry;
+use twofold_ir::eval::{Leave, Target};
+
+use super::env::Env;
+use super::tb::{TbId, TbKey};
+use crate::config::{Control, StopReason};
+use crate::cpu::{interrupt, mode};
+use crate::platform::{Outcome, signal};
+use crate::vcpu::{Shutdown, Trap, Vcpu};
+
+/// Guest instructions between two looks at the clock.
+const SLICE: i32 = 50_000;
+
+/// `fault.pending` of an ordinary exception.
+pub const PENDING_EXCEPTION: u32 = 1;
+/// `fault.pending` of a store into the running block: run the instruction again, alone.
+pub const PENDING_RESTART: u32 = 2;
+
+/// Why a vCPU stopped running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RunEnd {
+    /// The machine was powered off, reset or told to exit.
+    Outcome(Outcome),
+    /// Shutdown state.
+    Shutdown(Shutdown),
+    /// HLT that nothing can end.
+    Halted,
+    /// Somebody outside asked.
+    Stopped(StopReason),
+}
+
+/// Where control goes after a block.
+enum Next {
+    /// Another block of the same physical page and key bits, at this page offset.
+    SamePage(u16),
+    /// `state.rip` is set; the key bits are unchanged.
+    Rip,
+    /// `state.rip` is set; anything may have changed.
+    Events,
+    /// The instruction at `state.rip` did not complete.
+    Trap(Trap),
+    /// The instruction at `state.rip` runs again on its own.
+    Restart,
+}
+
+/// Runs `vcpu` until something ends the run.
+pub fn run(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
+    let mut granted = 0;
+    loop {
+        if let Err(end) = events(vcpu, control, &mut granted) {
+            return end;
+        }
+        if let Err(s) = advance(vcpu) {
+            settle(vcpu, &mut granted);
+            return RunEnd::Shutdown(s);
+        }
+    }
+}
+
+/// Moves what was used of the budget into the count of retired instructions.
+fn settle(vcpu: &mut Vcpu, granted: &mut i32) {
+    vcpu.state.retired = vcpu.state.retired.wrapping_add_signed(i64::from(*granted) - i64::from(vcpu.state.budget));
+    *granted = vcpu.state.budget;
+}
+
+/// Everything that happens between blocks: time, input, interrupts, sleep, the end.
+fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32) -> Result<(), RunEnd> {
+    loop {
+        let wanted = vcpu.state.attention.load(Ordering::Relaxed) != 0;
+        // A budget too small for the next block counts as used up.
+        if wanted || vcpu.state.budget < 128 {
+            vcpu.state.attention.store(0, Ordering::Release);
+            if let Some(reason) = control.stopped() {
+                settle(vcpu, granted);
+                return Err(RunEnd::Stopped(reason));
+            }
+            let now = vcpu.shared.clock.now_ns();
+            let outcome = {
+                let mut p = vcpu.platform();
+                p.poll(now);
+                p.outcome()
+            };
+            if let Some(o) = outcome {
+                settle(vcpu, granted);
+                return Err(RunEnd::Outcome(o));
+            }
+            settle(vcpu, granted);
+            vcpu.state.budget = SLICE;
+            *granted = SLICE;
+        }
+        if vcpu.jit.compile_ready() {
+            super::compile::install_ready(vcpu);
+        }
+        deliver_pending(vcpu).map_err(RunEnd::Shutdown)?;
+        if vcpu.state.halted == 0 {
+            return Ok(());
+        }
+        sleep(vcpu, control)?;
+    }
+}
+
+/// Delivers an NMI or interrupt if one may be delivered now.
+fn deliver_pending(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+    if vcpu.state.shadow != 0 {
+        return Ok(());
+    }
+    let index = vcpu.index;
+    let interrupts_on = vcpu.state.rflags_sys & rflags::IF != 0;
+    let (nmi, pending) = {
+        let mut p = vcpu.platform();
+        let nmi = p.signals(index) & signal::NMI != 0;
+        if !nmi && !(interrupts_on && p.interrupt_pending(index).is_some()) {
+            return Ok(());
+        }
+        (nmi, if nmi { None } else { Some(p.acknowledge(index)) })
+    };
+    if nmi && vcpu.state.nmi_blocked == 0 {
+        vcpu.platform().take_signal(index, signal::NMI);
+        vcpu.state.halted = 0;
+        vcpu.counters.nmis += 1;
+        return interrupt::deliver(vcpu, interrupt::Event::Nmi);
+    }
+    if let Some(vector) = pending {
+        vcpu.state.halted = 0;
+        vcpu.counters.interrupts += 1;
+        return interrupt::deliver(vcpu, interrupt::Event::Interrupt(vector));
+    }
+    Ok(())
+}
+
+/// HLT: waits for a timer, input or a kick.
+fn sleep(vcpu: &mut Vcpu, control: &Control) -> Result<(), RunEnd> {
+    let start = vcpu.shared.clock.now_ns();
+    let (deadline, can_wake) = {
+        let mut p = vcpu.platform();
+        p.flush();
+        (p.next_deadline(), p.can_wake())
+    };
+    let interrupts_on = vcpu.state.rflags_sys & rflags::IF != 0;
+    if !interrupts_on || !can_wake {
+        return Err(RunEnd::Halted);
+    }
+    let limit = deadline.map_or(Duration::from_millis(100), |d| Duration::from_nanos(d.saturating_sub(start)));
+    if !limit.is_zero() && control.stopped().is_none() {
+        vcpu.waker.sleep(limit.min(Duration::from_secs(1)));
+    }
+    vcpu.state.attention.store(-1, Ordering::Relaxed);
+    vcpu.counters.idle_ns += vcpu.shared.clock.now_ns().saturating_sub(start);
+    Ok(())
+}
+
+/// Runs blocks from `state.rip` until the key or the event state may have changed.
+fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+    let single_step = vcpu.state.rflags_sys & rflags::TF != 0;
+    let alone = single_step || vcpu.state.shadow != 0 || vcpu.jit.restart;
+    vcpu.state.shadow = 0;
+    let mut flags = mode::tb_flags(&vcpu.state);
+    if alone {
+        flags.0 |= TbFlags::ONE_INSN;
+    }
+    vcpu.state.tb_flags = flags.0;
+    vcpu.jit.alone = alone;
+    vcpu.jit.restart = false;
+    let next = chain(vcpu, flags);
+    vcpu.jit.current = None;
+    if vcpu.jit.tbs.has_dying() {
+        vcpu.jit.tbs.quiescent();
+    }
+    match next {
+        Next::Trap(trap) => interrupt::deliver_trap(vcpu, trap),
+        Next::Restart => {
+            vcpu.jit.restart = true;
+            Ok(())
+        }
+        _ if single_step => interrupt::single_step(vcpu),
+        _ => Ok(()),
+    }
+}
+
+/// Runs block after block while nothing but RIP changes.
+fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
+    let mut id = match locate(vcpu, flags) {
+        Ok(id) => id,
+        Err(trap) => return Next::Trap(trap),
+    };
+    loop {
+        let n = i32::from(vcpu.jit.tbs.get(id).insns);
+        if vcpu.state.budget < n || vcpu.state.attention.load(Ordering::Relaxed) < 0 {
+            let off = vcpu.jit.tbs.get(id).key.pa.page_offset();
+            set_rip(vcpu, off as i32);
+            return Next::Events;
+        }
+        let entry = vcpu.jit.tbs.get(id).code.as_ref().map(|c| c.entry);
+        let next = match entry {
+            Some(entry) => run_code(vcpu, entry),
+            None => run_eval(vcpu, id),
+        };
+        let found = match next {
+            Next::SamePage(off) if !flags.has(TbFlags::ONE_INSN) => same_page(vcpu, id, off, flags),
+            Next::Rip if !flags.has(TbFlags::ONE_INSN) => locate(vcpu, flags),
+            Next::SamePage(off) => {
+                set_rip(vcpu, i32::from(off));
+                return Next::Events;
+            }
+            other => return other,
+        };
+        id = match found {
+            Ok(id) => id,
+            Err(trap) => return Next::Trap(trap),
+        };
+        connect(vcpu, id, flags);
+    }
+}
+
+/// Makes the way that host code just left by lead straight to block `id`, if that has host code.
+fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
+    let link_from = vcpu.jit.link_from.take();
+    let fill = std::mem::take(&mut vcpu.jit.fill_jump_cache);
+    if link_from.is_none() && !fill {
+        return;
+    }
+    let tb = vcpu.jit.tbs.get(id);
+    let Some(code) = tb.code.as_ref().map(|c| c.entry) else { return };
+    if let Some((from, slot)) = link_from
+        && tb.second_page.is_none()
+    {
+        vcpu.jit.link(from, slot, id);
+    }
+    if fill {
+        let la = linear_rip(vcpu, flags);
+        let (rip, rip_base) = (vcpu.state.rip, vcpu.state.rip_base);
+        vcpu.jump_insert(la, JumpCacheEntry { rip, flags: u64::from(flags.0), code, rip_base });
+    }
+}
+
+/// Sets `state.rip` to page offset `off`, truncated to the code size.
+#[inline]
+fn set_rip(vcpu: &mut Vcpu, off: i32) {
+    let rip = vcpu.state.rip_base.wrapping_add_signed(i64::from(off));
+    vcpu.state.rip = truncate_rip(TbFlags(vcpu.state.tb_flags), rip);
+}
+
+#[inline]
+fn truncate_rip(flags: TbFlags, rip: u64) -> u64 {
+    match flags.size() {
+        twofold_arch::CodeSize::Bits64 => rip,
+        twofold_arch::CodeSize::Bits32 => rip as u32 as u64,
+        twofold_arch::CodeSize::Bits16 => rip as u16 as u64,
+    }
+}
+
+/// The linear address of `state.rip`.
+fn linear_rip(vcpu: &Vcpu, flags: TbFlags) -> LinearAddr {
+    if flags.is64() {
+        LinearAddr(vcpu.state.rip)
+    } else {
+        LinearAddr(vcpu.state.rip.wrapping_add(vcpu.state.seg[1].base) & 0xffff_ffff)
+    }
+}
+
+/// Finds or makes the block at `state.rip`, and sets `rip_base` for it.
+fn locate(vcpu: &mut Vcpu, flags: TbFlags) -> Result<TbId, Trap> {
+    vcpu.counters.lookups += 1;
+    let la = linear_rip(vcpu, flags);
+    if !flags.is64() && vcpu.state.rip > u64::from(vcpu.state.seg[1].limit) {
+        return Err(Exception::GP0.into());
+    }
+    let pa = vcpu.fetch_address(la)?;
+    vcpu.state.rip_base = vcpu.state.rip.wrapping_sub(la.page_offset());
+    find_or_translate(vcpu, TbKey { pa, flags }, la)
+}
+
+/// The block at page offset `off` of the page that block `id` starts in.
+fn same_page(vcpu: &mut Vcpu, id: TbId, off: u16, flags: TbFlags) -> Result<TbId, Trap> {
+    let pa = PhysAddr((vcpu.jit.tbs.get(id).key.pa.0 & PAGE_MASK) + u64::from(off));
+    let key = TbKey { pa, flags };
+    if let Some(found) = vcpu.jit.tbs.find(key)
+        && vcpu.jit.tbs.get(found).second_page.is_none()
+    {
+        return Ok(found);
+    }
+    set_rip(vcpu, i32::from(off));
+    locate(vcpu, flags)
+}
+
+fn find_or_translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Trap> {
+    if let Some(id) = vcpu.jit.tbs.find(key) {
+        let Some(second) = vcpu.jit.tbs.get(id).second_page else { return Ok(id) };
+        // The second page's mapping is no part of the key; it must be what it was.
+        let now = vcpu.fetch_address(LinearAddr((la.0 & PAGE_MASK).wrapping_add(0x1000)))?;
+        if now == second {
+            return Ok(id);
+        }
+        super::slow::drop_blocks(vcpu, &[id]);
+    }
+    super::translate::translate(vcpu, key, la)
+}
+
+/// Runs block `id` in the evaluator.
+fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
+    let tb = vcpu.jit.tbs.get_mut(id);
+    tb.runs += 1;
+    if tb.runs == vcpu.jit.policy.threshold {
+        super::compile::request(vcpu, id);
+    }
+    let tb = vcpu.jit.tbs.get(id);
+    let program: *const twofold_ir::eval::Program = &*tb.program;
+    vcpu.jit.current = Some(id);
+    vcpu.counters.eval_blocks += 1;
+    // SAFETY: a program is boxed and its place in the store is not reused before `quiescent`, which `advance` calls after
+    // this returns; a block that dies while it runs is only marked.
+    let leave = unsafe { (*program).run(&mut Env::new(vcpu)) };
+    match leave {
+        Leave::Exit { to, retired, .. } => {
+            vcpu.state.budget -= i32::from(retired);
+            vcpu.counters.retired_eval += u64::from(retired);
+            follow(vcpu, to)
+        }
+        Leave::Abandoned { insn } => {
+            vcpu.state.budget -= i32::from(insn);
+            vcpu.counters.retired_eval += u64::from(insn);
+            abandoned(vcpu, id, insn as usize)
+        }
+    }
+}
+
+/// Where an exit of the evaluator goes.
+fn follow(vcpu: &mut Vcpu, to: Target) -> Next {
+    match to {
+        Target::Jump { off } => Next::SamePage(off),
+        Target::JumpFar { off } => {
+            set_rip(vcpu, off);
+            Next::Rip
+        }
+        Target::Indirect { rip, .. } => {
+            vcpu.state.rip = rip;
+            Next::Rip
+        }
+        Target::Dispatch { off } => {
+            set_rip(vcpu, off);
+            Next::Events
+        }
+        Target::Helped => Next::Events,
+        Target::Raise { off, exception } => {
+            set_rip(vcpu, i32::from(off));
+            Next::Trap(exception.into())
+        }
+    }
+}
+
+/// The instruction `insn` of block `id` was abandoned: reads what the helper or slow path raised.
+fn abandoned(vcpu: &mut Vcpu, id: TbId, insn: usize) -> Next {
+    let off = vcpu.jit.tbs.get(id).insn_offs.get(insn).copied().unwrap_or_default();
+    set_rip(vcpu, i32::from(off));
+    let fault = std::mem::take(&mut vcpu.state.fault);
+    if fault.pending == PENDING_RESTART {
+        return Next::Restart;
+    }
+    Next::Trap(Trap::from_record(&fault))
+}
+
+/// Runs host code from `entry` on, through every link, until it comes back.
+fn run_code(vcpu: &mut Vcpu, entry: u64) -> Next {
+    vcpu.jit.current = None;
+    let state: *mut twofold_arch::CpuState = &mut *vcpu.state;
+    // SAFETY: `entry` is the code of a live block, the state is this vCPU's with its helper table, TLB views and jump cache.
+    match unsafe { twofold_backend::enter(state, entry) } {
+        CodeLeave::Unlinked { tb, slot } => {
+            vcpu.counters.chain_breaks += 1;
+            vcpu.jit.link_from = Some((TbId(tb), slot));
+            Next::Rip
+        }
+        CodeLeave::Lookup => {
+            vcpu.counters.jump_cache_misses += 1;
+            vcpu.jit.fill_jump_cache = true;
+            Next::Rip
+        }
+        CodeLeave::Budget => {
+            vcpu.counters.budget_exits += 1;
+            Next::Events
+        }
+        CodeLeave::Dispatch | CodeLeave::Helped => {
+            vcpu.counters.dispatches += 1;
+            Next::Events
+        }
+        CodeLeave::Raise => {
+            let fault = std::mem::take(&mut vcpu.state.fault);
+            Next::Trap(Trap::from_record(&fault))
+        }
+        CodeLeave::Fault => match vcpu.jit.fault_site(vcpu.state.host_ret) {
+            Some((id, insn, unretired)) => {
+                vcpu.state.budget += unretired;
+                abandoned(vcpu, id, insn)
+            }
+            None => Next::Trap(Exception::UD.into()),
+        },
+    }
+}

@@ -1,0 +1,118 @@
+//! What executes: the block store, the tiers' machinery and the policy that moves blocks between them.
+//!
+//! Held by whichever vCPU runs. Invariant: `queue` is `None` exactly when no tier above the evaluator is wanted or to be had.
+
+use twofold_backend::{CodeMemory, HelperTable, Options};
+use twofold_ir::passes::Passes;
+
+use super::compile::CompileQueue;
+use super::tb::{TbId, TbStore};
+use crate::config::Tier;
+
+/// When a block moves up.
+#[derive(Clone, Copy, Debug)]
+pub struct TierPolicy {
+    /// Evaluator runs after which a block is sent to the compile thread.
+    pub threshold: u32,
+    /// Whether the dispatcher waits for the compile thread (`--tier quick`: everything is compiled before it runs).
+    pub wait: bool,
+}
+
+/// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
+const AUTO_THRESHOLD: u32 = 64;
+
+/// The execution machinery.
+pub struct Jit {
+    /// All blocks.
+    pub tbs: TbStore,
+    /// The IR passes with their scratch memory.
+    pub passes: Passes,
+    /// Host code; `None` when the evaluator runs everything.
+    pub code: Option<CodeMemory>,
+    /// The compile thread.
+    pub queue: Option<CompileQueue>,
+    /// When blocks move up.
+    pub policy: TierPolicy,
+    /// What host code calls; its address is in the state.
+    pub helpers: Box<HelperTable>,
+    /// The block the evaluator runs.
+    pub current: Option<TbId>,
+    /// The next block is one instruction that runs alone, whatever it writes to.
+    pub restart: bool,
+    /// The block that runs is such a one.
+    pub alone: bool,
+    /// The slot that host code just left by, to be linked.
+    pub link_from: Option<(TbId, u16)>,
+    /// Host code just left for want of a jump-cache entry.
+    pub fill_jump_cache: bool,
+    /// Serial number of the last block made.
+    pub serial: u64,
+}
+
+impl Jit {
+    /// The machinery for `tier`. Falls back to the evaluator alone where the host has no compile tier.
+    #[must_use]
+    pub fn new(tier: Tier, options: Options) -> Self {
+        let wanted = twofold_backend::available() && tier != Tier::Eval;
+        let code = if wanted { CodeMemory::new(CodeMemory::DEFAULT_CAPACITY).ok() } else { None };
+        let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
+        let threshold = if tier == Tier::Auto { AUTO_THRESHOLD } else { 1 };
+        Self {
+            tbs: TbStore::default(),
+            passes: Passes::default(),
+            code,
+            queue,
+            policy: TierPolicy { threshold, wait: tier != Tier::Auto },
+            helpers: Box::new(super::slow::helper_table()),
+            current: None,
+            restart: false,
+            alone: false,
+            link_from: None,
+            fill_jump_cache: false,
+            serial: 0,
+        }
+    }
+
+    /// The block whose host code contains `host`.
+    #[must_use]
+    pub fn code_block(&self, host: u64) -> Option<TbId> {
+        self.code.as_ref()?.tb_at(host).map(TbId)
+    }
+
+    /// Where a call from host code that returns to `host_ret` was made: the block, the index of the guest instruction, and
+    /// what its abandonment gives back to the budget (charged at the block's entry, not retired).
+    #[must_use]
+    pub fn fault_site(&self, host_ret: u64) -> Option<(TbId, usize, i32)> {
+        let id = self.code_block(host_ret)?;
+        let code = self.tbs.get(id).code.as_ref()?;
+        let insn = code.insn_at(host_ret)?;
+        Some((id, insn, code.unretired(insn)))
+    }
+
+    /// Makes slot `slot` of block `from` lead straight to block `to`.
+    pub fn link(&mut self, from: TbId, slot: u16, to: TbId) {
+        let Some(entry) = self.tbs.get(to).code.as_ref().map(|c| c.entry) else { return };
+        let source = self.tbs.get(from).code.as_ref().and_then(|c| c.slots.get(slot as usize)).copied();
+        if let (Some(source), Some(code)) = (source, &mut self.code) {
+            code.link(source, entry);
+            self.tbs.get_mut(to).incoming.push((from, slot));
+        }
+    }
+
+    /// Makes slots leave to the dispatcher again.
+    pub fn unlink(&mut self, slots: &[(TbId, u16)]) {
+        let Some(code) = &mut self.code else { return };
+        for &(from, slot) in slots {
+            if let Some(source) = self.tbs.get(from).code.as_ref().and_then(|c| c.slots.get(slot as usize)) {
+                code.unlink(*source);
+            }
+        }
+    }
+
+    /// Whether the compile thread has something to install. One load.
+    #[inline]
+    #[must_use]
+    pub fn compile_ready(&self) -> bool {
+        self.queue.as_ref().is_some_and(CompileQueue::has_ready)
+    }
+}

@@ -1,0 +1,20 @@
+//! Execution: finding, making and running translation blocks, tier by tier.
+//!
+//! The pipeline: [`dispatch`] decides what runs next; [`translate`] makes a block (frontend → passes → evaluator program);
+//! [`tb`] keeps it; [`env`] is the world the evaluator sees; [`compile`] turns hot blocks into host code on a background
+//! thread; [`slow`] is where host code and evaluator come for memory that the inline probe does not reach.
+
+pub mod compile;
+pub mod counters;
+pub mod dispatch;
+pub mod env;
+pub mod jit;
+pub mod slow;
+pub mod tb;
+pub mod translate;
+pub mod wake;
+
+pub use counters::Counters;
+pub use dispatch::{RunEnd, run};
+pub use jit::Jit;
+pub use wake::Waker;

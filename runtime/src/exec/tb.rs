@@ -1,0 +1,228 @@
+//! The store of translation blocks: found by physical address and key bits, dropped when their bytes change.
+//!
+//! Place in the pipeline: between the dispatcher and the tiers. Invariants: a live block is in `by_key`, in the page list of
+//! every physical page its bytes lie in, and those pages are write-protected by the mmu; a dead block is in none of them, and
+//! its id is not reused before the dispatcher has left it.
+
+use hashbrown::HashMap;
+use twofold_arch::{PAGE_MASK, PhysAddr, TbFlags};
+use twofold_backend::InstalledTb;
+use twofold_ir::eval::Program;
+
+/// Identifies a block in the store.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct TbId(pub u32);
+
+/// What a block is found by.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct TbKey {
+    /// Physical address of its first byte.
+    pub pa: PhysAddr,
+    /// The state that shaped it.
+    pub flags: TbFlags,
+}
+
+/// How far a block has come through the tiers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TierState {
+    /// Run by the evaluator.
+    Cold,
+    /// Waiting for the compile thread; still run by the evaluator.
+    Queued,
+    /// Has host code.
+    Compiled,
+    /// The compiler refused it; stays in the evaluator.
+    Refused,
+}
+
+/// A translation block.
+#[derive(Debug)]
+pub struct Tb {
+    /// What it is found by.
+    pub key: TbKey,
+    /// The physical page of its last byte, when that is another than the first's.
+    pub second_page: Option<PhysAddr>,
+    /// Bytes of guest code.
+    pub len: u16,
+    /// Guest instructions.
+    pub insns: u16,
+    /// Where it is in its life.
+    pub tier: TierState,
+    /// Still in the store.
+    pub live: bool,
+    /// Times the evaluator ran it.
+    pub runs: u32,
+    /// Distinguishes it from others that had its id.
+    pub serial: u64,
+    /// Linear RIP at its first translation, for people.
+    pub rip: u64,
+    /// Its form for the evaluator.
+    pub program: Box<Program>,
+    /// Page offsets of its guest instructions, for exact RIPs after a fault.
+    pub insn_offs: Box<[u16]>,
+    /// Its host code.
+    pub code: Option<InstalledTb>,
+    /// Slots that were linked to this block: (block, slot).
+    pub incoming: Vec<(TbId, u16)>,
+}
+
+const FRONT: usize = 1 << 14;
+
+#[derive(Clone, Copy)]
+struct FrontEntry {
+    pa: u64,
+    flags: u32,
+    id: u32,
+}
+
+const EMPTY: FrontEntry = FrontEntry { pa: u64::MAX, flags: 0, id: 0 };
+
+/// All translation blocks of a machine.
+pub struct TbStore {
+    slab: Vec<Tb>,
+    by_key: HashMap<TbKey, TbId>,
+    by_page: HashMap<u64, Vec<TbId>>,
+    front: Box<[FrontEntry]>,
+    /// Slab places whose blocks died and may be reused.
+    free: Vec<TbId>,
+    /// Slab places whose blocks died since the dispatcher was last between blocks.
+    dying: Vec<TbId>,
+    live: usize,
+}
+
+impl Default for TbStore {
+    fn default() -> Self {
+        Self {
+            slab: Vec::new(),
+            by_key: HashMap::new(),
+            by_page: HashMap::new(),
+            front: vec![EMPTY; FRONT].into_boxed_slice(),
+            free: Vec::new(),
+            dying: Vec::new(),
+            live: 0,
+        }
+    }
+}
+
+fn front_index(pa: u64, flags: TbFlags) -> usize {
+    (pa ^ pa >> 14 ^ u64::from(flags.0) << 3) as usize & (FRONT - 1)
+}
+
+impl TbStore {
+    /// Live blocks.
+    #[must_use]
+    pub fn live(&self) -> usize {
+        self.live
+    }
+    /// The block `id`.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, id: TbId) -> &Tb {
+        &self.slab[id.0 as usize]
+    }
+    /// The block `id`, to change.
+    #[inline]
+    pub fn get_mut(&mut self, id: TbId) -> &mut Tb {
+        &mut self.slab[id.0 as usize]
+    }
+    /// Every live block.
+    pub fn iter(&self) -> impl Iterator<Item = (TbId, &Tb)> {
+        self.slab.iter().enumerate().filter(|(_, t)| t.live).map(|(i, t)| (TbId(i as u32), t))
+    }
+
+    /// Finds a block by key.
+    #[inline]
+    pub fn find(&mut self, key: TbKey) -> Option<TbId> {
+        let i = front_index(key.pa.0, key.flags);
+        let e = self.front[i];
+        if e.pa == key.pa.0 && e.flags == key.flags.0 {
+            return Some(TbId(e.id));
+        }
+        let id = *self.by_key.get(&key)?;
+        self.front[i] = FrontEntry { pa: key.pa.0, flags: key.flags.0, id: id.0 };
+        Some(id)
+    }
+
+    /// Adds a block.
+    pub fn insert(&mut self, tb: Tb) -> TbId {
+        let (key, second) = (tb.key, tb.second_page);
+        let id = if let Some(id) = self.free.pop() {
+            self.slab[id.0 as usize] = tb;
+            id
+        } else {
+            self.slab.push(tb);
+            TbId(self.slab.len() as u32 - 1)
+        };
+        self.live += 1;
+        self.by_key.insert(key, id);
+        self.by_page.entry(key.pa.0 & PAGE_MASK).or_default().push(id);
+        if let Some(p) = second {
+            self.by_page.entry(p.0).or_default().push(id);
+        }
+        id
+    }
+
+    /// Gives block `id` host code.
+    pub fn set_code(&mut self, id: TbId, code: InstalledTb) {
+        let tb = self.get_mut(id);
+        tb.code = Some(code);
+        tb.tier = TierState::Compiled;
+    }
+
+    /// Ids of the blocks with bytes in `[pa, pa + len)`, which must not cross a page.
+    pub fn touching(&self, pa: PhysAddr, len: u64) -> Vec<TbId> {
+        let Some(list) = self.by_page.get(&(pa.0 & PAGE_MASK)) else { return Vec::new() };
+        let (lo, hi) = (pa.0, pa.0 + len);
+        let hit = |id: &TbId| {
+            let tb = self.get(*id);
+            let first = tb.key.pa.0;
+            let in_first = first < hi && (first + u64::from(tb.len)).min((first & PAGE_MASK) + 0x1000) > lo;
+            let in_second = tb.second_page.is_some_and(|p| {
+                let end = p.0 + (first + u64::from(tb.len) & !PAGE_MASK);
+                p.0 < hi && end > lo
+            });
+            in_first || in_second
+        };
+        list.iter().copied().filter(hit).collect()
+    }
+
+    /// Takes a block out. Returns the slots that lead to it and its host code: the caller unlinks the ones, and takes the
+    /// other out of the jump caches.
+    pub fn remove(&mut self, id: TbId) -> (Vec<(TbId, u16)>, Option<InstalledTb>) {
+        if !self.get(id).live {
+            return (Vec::new(), None);
+        }
+        self.live -= 1;
+        let tb = self.get_mut(id);
+        tb.live = false;
+        let (key, second) = (tb.key, tb.second_page);
+        let code = tb.code.take();
+        let incoming = std::mem::take(&mut tb.incoming);
+        self.by_key.remove(&key);
+        let i = front_index(key.pa.0, key.flags);
+        if self.front[i].id == id.0 {
+            self.front[i] = EMPTY;
+        }
+        for page in [Some(PhysAddr(key.pa.0 & PAGE_MASK)), second].into_iter().flatten() {
+            if let Some(list) = self.by_page.get_mut(&page.0) {
+                list.retain(|&x| x != id);
+                if list.is_empty() {
+                    self.by_page.remove(&page.0);
+                }
+            }
+        }
+        self.dying.push(id);
+        (incoming, code)
+    }
+
+    /// Says that no block is being run: places of dead blocks may be used again.
+    pub fn quiescent(&mut self) {
+        self.free.append(&mut self.dying);
+    }
+
+    /// Whether blocks died since the last [`TbStore::quiescent`].
+    #[must_use]
+    pub fn has_dying(&self) -> bool {
+        !self.dying.is_empty()
+    }
+}

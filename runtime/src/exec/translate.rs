@@ -1,0 +1,106 @@
+//! Making a block: fetch, front end, passes, evaluator program, and its place in the store.
+//!
+//! Invariant: the bytes of a block are watched for writes from before they are read, so none is ever stale.
+
+use twofold_arch::{LinearAddr, PAGE_MASK, PhysAddr};
+use twofold_frontend::{FetchFault, MAX_INSN_LEN, Request, translate_block};
+use twofold_ir::Block;
+use twofold_ir::eval::Program;
+use twofold_ir::passes::Options as PassOptions;
+
+use super::tb::{Tb, TbId, TbKey, TierState};
+use crate::config::DebugItem;
+use crate::vcpu::{Trap, Vcpu};
+
+/// Most guest instructions in a block.
+pub const MAX_INSNS: usize = 48;
+
+/// Translates the block at `key`, whose first byte has linear address `la`, and stores it.
+///
+/// # Errors
+/// When its first instruction goes on in a page that cannot be fetched.
+pub fn translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Trap> {
+    let start = vcpu.shared.clock.now_ns();
+    let mut bytes = [0u8; 4096];
+    let off = key.pa.page_offset() as usize;
+    let page = &mut bytes[..4096 - off];
+    vcpu.shared.map.read(key.pa, page);
+    let next_la = LinearAddr((la.0 & PAGE_MASK).wrapping_add(0x1000));
+    let mut second = None;
+    let mut fault = None;
+    let features = vcpu.model.features;
+    let mut next_page = || match vcpu.fetch_address(next_la) {
+        Ok(pa) => {
+            second = Some(pa);
+            let mut tail = [0u8; MAX_INSN_LEN];
+            vcpu.shared.map.read(pa, &mut tail);
+            Some(tail)
+        }
+        Err(trap) => {
+            fault = Some(trap);
+            None
+        }
+    };
+    let request =
+        Request { flags: key.flags, off: off as u16, page, next_page: &mut next_page, features, max_insns: MAX_INSNS };
+    let mut block = match translate_block(request) {
+        Ok(block) => block,
+        Err(FetchFault) => return Err(fault.unwrap_or(twofold_arch::Exception::GP0.into())),
+    };
+    if !block.crosses_page {
+        second = None;
+    }
+    let rip = vcpu.state.rip_base.wrapping_add(off as u64);
+    if !vcpu.debug.is_empty() {
+        trace(vcpu, &block, page, rip, DebugItem::Ir);
+    }
+    vcpu.jit.passes.run(&mut block, &PassOptions::default());
+    if !vcpu.debug.is_empty() {
+        trace(vcpu, &block, page, rip, DebugItem::IrOpt);
+    }
+    let id = store(vcpu, key, second, rip, &block);
+    vcpu.counters.tbs_translated += 1;
+    vcpu.counters.insns_translated += block.insns.len() as u64;
+    vcpu.counters.bytes_translated += block.byte_len() as u64;
+    vcpu.counters.translate_ns += vcpu.shared.clock.now_ns().saturating_sub(start);
+    Ok(id)
+}
+
+fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block: &Block) -> TbId {
+    let len = block.byte_len() as u64;
+    let first_len = len.min(0x1000 - key.pa.page_offset());
+    vcpu.mmu.protect(key.pa, first_len);
+    if let Some(page) = second {
+        vcpu.mmu.protect(page, len - first_len);
+    }
+    vcpu.jit.serial += 1;
+    let tb = Tb {
+        key,
+        second_page: second,
+        len: len as u16,
+        insns: block.insns.len() as u16,
+        tier: TierState::Cold,
+        live: true,
+        runs: 0,
+        serial: vcpu.jit.serial,
+        rip,
+        program: Box::new(Program::new(block)),
+        insn_offs: block.insns.iter().map(|i| i.off).collect(),
+        code: None,
+        incoming: Vec::new(),
+    };
+    vcpu.jit.tbs.insert(tb)
+}
+
+/// `-d in_asm,ir,ir_opt`.
+#[cold]
+fn trace(vcpu: &mut Vcpu, block: &Block, bytes: &[u8], rip: u64, stage: DebugItem) {
+    if stage == DebugItem::Ir && vcpu.debug.has(DebugItem::InAsm) {
+        let text = twofold_frontend::disassemble(block.flags, rip, &bytes[..block.byte_len().min(bytes.len())]);
+        vcpu.trace.write(&text);
+    }
+    if vcpu.debug.has(stage) {
+        let text = format!("{:016x}:\n{}", rip, twofold_ir::text::print(block));
+        vcpu.trace.write(&text);
+    }
+}

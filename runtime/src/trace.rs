@@ -1,0 +1,44 @@
+//! Where `-d` traces and one-time warnings go.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+
+/// The trace output of a run: standard error, or a file.
+pub struct Trace {
+    out: Box<dyn Write + Send>,
+    warned: BTreeSet<String>,
+}
+
+impl std::fmt::Debug for Trace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trace").finish_non_exhaustive()
+    }
+}
+
+impl Default for Trace {
+    fn default() -> Self {
+        Self::new(Box::new(std::io::stderr()))
+    }
+}
+
+impl Trace {
+    /// Traces to `out`.
+    #[must_use]
+    pub fn new(out: Box<dyn Write + Send>) -> Self {
+        Self { out, warned: BTreeSet::new() }
+    }
+    /// Writes text. A trace that cannot be written is no reason to stop a guest.
+    pub fn write(&mut self, text: &str) {
+        let _ = self.out.write_all(text.as_bytes());
+    }
+    /// Writes what is buffered.
+    pub fn flush(&mut self) {
+        let _ = self.out.flush();
+    }
+    /// Warns on standard error, once for each `key`.
+    pub fn warn_once(&mut self, key: &str, text: &str) {
+        if self.warned.insert(key.to_owned()) {
+            eprintln!("twofold: warning: {text}");
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! One virtual processor: its registers, its translations of addresses, and the way it reaches memory and devices.
+//!
+//! A [`Vcpu`] belongs to one thread. What processors share is in [`Shared`]. The helpers of [`crate::cpu`] are functions
+//! on `&mut Vcpu`; translated code works on [`Vcpu::state`] and comes back here through [`crate::exec::slow`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use twofold_arch::control::rflags;
+use twofold_arch::state::FaultRecord;
+use twofold_arch::tbflags::MemMode;
+use twofold_arch::{CpuState, Exception, LinearAddr, PAGE_SIZE, PhysAddr};
+use twofold_mmu::mmu::BytesOutcome;
+use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, Part, PhysMap, ReadOutcome, Target, WriteOutcome};
+
+use crate::config::DebugItems;
+use crate::cpu::{ColdState, CpuModel};
+use crate::exec::{Counters, Jit, Waker};
+use crate::platform::{Platform, clock::Clock};
+use crate::trace::Trace;
+
+/// Why an instruction was abandoned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trap {
+    /// An exception to be delivered with RIP at the instruction.
+    Exception(Exception),
+}
+
+impl From<Exception> for Trap {
+    fn from(e: Exception) -> Self {
+        Trap::Exception(e)
+    }
+}
+
+impl Trap {
+    /// Writes the trap where translated code's caller finds it; `pending` is left to the caller.
+    pub fn record(self, record: &mut FaultRecord) {
+        let Trap::Exception(e) = self;
+        record.vector = e.vector as u32;
+        record.error = e.error.unwrap_or(0);
+        record.has_error = u32::from(e.error.is_some());
+        record.cr2 = e.cr2;
+    }
+    /// The trap in a record. A vector there is none of reads as #UD.
+    #[must_use]
+    pub fn from_record(record: &FaultRecord) -> Trap {
+        let vector = twofold_arch::Vector::from_number(record.vector as u8).unwrap_or(twofold_arch::Vector::InvalidOpcode);
+        Trap::Exception(Exception { vector, error: (record.has_error != 0).then_some(record.error), cr2: record.cr2 })
+    }
+}
+
+/// On whose behalf memory is accessed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MemAs {
+    /// An explicit access at the current privilege level, through a data segment: non-canonical is #GP(0).
+    Cpl,
+    /// An explicit access at the current privilege level through SS: non-canonical is #SS(0).
+    Stack,
+    /// An implicit supervisor access (descriptor tables, TSS, IDT): U/S = supervisor whatever the CPL, SMAP always applies.
+    System,
+    /// Explicit access to a stack of privilege level 0..2 while the CPL is still 3: supervisor rights, explicit for SMAP; #SS.
+    InnerStack,
+}
+
+/// What ends the execution of guest code on this processor until somebody outside acts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shutdown {
+    /// A fault while a double fault was being delivered.
+    TripleFault,
+}
+
+/// What all processors of a machine share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Guest memory and what else answers at physical addresses.
+    pub map: Arc<PhysMap>,
+    /// The devices.
+    pub platform: Mutex<Platform>,
+    /// Time.
+    pub clock: Clock,
+}
+
+/// One virtual processor.
+pub struct Vcpu {
+    /// Its number, 0 for the boot processor.
+    pub index: usize,
+    /// The registers that translated code sees.
+    pub state: Box<CpuState>,
+    /// Its translations of addresses.
+    pub mmu: Mmu,
+    /// The address space of the current CR0, CR3, CR4, EFER: what `mmu` is asked with.
+    pub space: AddressSpace,
+    /// The CPU model: CPUID and capability MSRs.
+    pub model: Arc<CpuModel>,
+    /// What it shares with the others.
+    pub shared: Arc<Shared>,
+    /// Rarely used registers.
+    pub cold: ColdState,
+    /// Counters of events.
+    pub counters: Counters,
+    /// Blocks, tiers and host code.
+    pub jit: Jit,
+    /// Its ear for other threads.
+    pub waker: Arc<Waker>,
+    /// What `-d` traces.
+    pub debug: DebugItems,
+    /// Where traces go.
+    pub trace: Trace,
+}
+
+impl Vcpu {
+    /// The devices.
+    pub fn platform(&self) -> MutexGuard<'_, Platform> {
+        self.shared.platform.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest's time-stamp counter.
+    #[must_use]
+    pub fn tsc(&self) -> u64 {
+        self.shared.clock.tsc().wrapping_add(self.state.msrs.tsc_offset)
+    }
+
+    /// Reads a port.
+    pub fn io_read(&mut self, port: u16, size: u8) -> u32 {
+        self.counters.port_io += 1;
+        self.with_devices(|p| p.io_read(port, size))
+    }
+
+    /// Writes a port.
+    pub fn io_write(&mut self, port: u16, size: u8, value: u32) {
+        self.counters.port_io += 1;
+        self.with_devices(|p| p.io_write(port, size, value));
+    }
+
+    /// Does something with the devices, then sees to it that the dispatcher looks at what came of it.
+    pub fn with_devices<R>(&mut self, f: impl FnOnce(&mut Platform) -> R) -> R {
+        let index = self.index;
+        let mut p = self.platform();
+        let r = f(&mut p);
+        let look = p.outcome().is_some() || p.interrupt_pending(index).is_some() || p.signals(index) != 0;
+        drop(p);
+        if look {
+            self.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+        }
+        r
+    }
+
+    // ---- memory, as helpers ask for it -------------------------------------------------------------------------------
+
+    fn access(&self, kind: AccessKind, on_behalf: MemAs) -> Access {
+        let s = &self.state;
+        let ac = s.rflags_sys & rflags::AC != 0;
+        match on_behalf {
+            MemAs::System => Access::implicit(kind),
+            MemAs::InnerStack => Access { kind, user: false, implicit: false, ac },
+            MemAs::Cpl | MemAs::Stack => Access { kind, user: s.cpl == 3, implicit: false, ac },
+        }
+    }
+
+    /// Reads 1, 2, 4 or 8 bytes, zero-extended.
+    ///
+    /// # Errors
+    /// The exception of the access.
+    #[inline]
+    pub fn read(&mut self, la: LinearAddr, size: u32, on_behalf: MemAs) -> Result<u64, Trap> {
+        let access = self.access(AccessKind::Read, on_behalf);
+        self.read_access(la, size, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
+    }
+
+    /// Writes 1, 2, 4 or 8 bytes.
+    ///
+    /// # Errors
+    /// The exception of the access; nothing is written then.
+    #[inline]
+    pub fn write(&mut self, la: LinearAddr, size: u32, value: u64, on_behalf: MemAs) -> Result<(), Trap> {
+        let access = self.access(AccessKind::Write, on_behalf);
+        self.write_access(la, size, value, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
+    }
+
+    /// Fills `buf` from guest memory.
+    ///
+    /// # Errors
+    /// The exception of the access.
+    pub fn read_bytes(&mut self, la: LinearAddr, buf: &mut [u8], on_behalf: MemAs) -> Result<(), Trap> {
+        let access = self.access(AccessKind::Read, on_behalf);
+        self.read_bytes_access(la, buf, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
+    }
+
+    /// Copies `data` to guest memory.
+    ///
+    /// # Errors
+    /// The exception of the access; nothing is written then.
+    pub fn write_bytes(&mut self, la: LinearAddr, data: &[u8], on_behalf: MemAs) -> Result<(), Trap> {
+        let access = self.access(AccessKind::Write, on_behalf);
+        self.write_bytes_access(la, data, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
+    }
+
+    /// The host address of the byte at `la` and how many bytes follow it in its page, when they may be accessed there
+    /// directly: RAM, and for writes no translated code.
+    ///
+    /// # Errors
+    /// The exception of the access.
+    pub fn host_span(&mut self, la: LinearAddr, write: bool, on_behalf: MemAs) -> Result<Option<(*mut u8, usize)>, Trap> {
+        let access = self.access(if write { AccessKind::Write } else { AccessKind::Read }, on_behalf);
+        let stack = matches!(on_behalf, MemAs::Stack | MemAs::InnerStack);
+        let t = self.mmu.translate(&self.space, la, access).map_err(|f| trap_of(f, stack))?;
+        self.after_fill();
+        Ok(t.host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
+    }
+
+    // ---- memory, as translated code asks for it ----------------------------------------------------------------------
+
+    /// [`Vcpu::read`] by code whose data accesses use `mode`; `stack`: through SS.
+    ///
+    /// # Errors
+    /// The exception of the access.
+    pub fn read_mode(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<u64, Trap> {
+        self.read_access(la, size, Access::read(mode), stack)
+    }
+    /// [`Vcpu::write`] by code whose data accesses use `mode`.
+    ///
+    /// # Errors
+    /// The exception of the access; nothing is written then.
+    pub fn write_mode(&mut self, la: LinearAddr, size: u32, value: u64, mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.write_access(la, size, value, Access::write(mode), stack)
+    }
+    /// [`Vcpu::read_bytes`] by code whose data accesses use `mode`.
+    ///
+    /// # Errors
+    /// The exception of the access.
+    pub fn read_bytes_mode(&mut self, la: LinearAddr, buf: &mut [u8], mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.read_bytes_access(la, buf, Access::read(mode), stack)
+    }
+    /// [`Vcpu::write_bytes`] by code whose data accesses use `mode`.
+    ///
+    /// # Errors
+    /// The exception of the access; nothing is written then.
+    pub fn write_bytes_mode(&mut self, la: LinearAddr, data: &[u8], mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.write_bytes_access(la, data, Access::write(mode), stack)
+    }
+
+    /// Whether `size` bytes at `la` may be written; the physical pieces of the access.
+    ///
+    /// # Errors
+    /// The exception that a write would raise.
+    pub fn resolve_write(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<twofold_mmu::Parts, Trap> {
+        let parts = self.mmu.resolve(&self.space, la, size, Access::write(mode)).map_err(|f| trap_of(f, stack));
+        self.after_fill();
+        parts
+    }
+
+    /// The physical address of the instruction byte at `la`.
+    ///
+    /// # Errors
+    /// The exception of the fetch.
+    pub fn fetch_address(&mut self, la: LinearAddr) -> Result<PhysAddr, Trap> {
+        let user = self.state.cpl == 3;
+        let r = self.mmu.translate_fetch(&self.space, la, user).map_err(|f| trap_of(f, false));
+        self.after_fill();
+        Ok(r?.pa)
+    }
+
+    /// Puts an entry in the jump cache for the code at `la`.
+    pub fn jump_insert(&mut self, la: LinearAddr, entry: JumpCacheEntry) {
+        let user = self.state.cpl == 3;
+        let global = self.mmu.translate_fetch(&self.space, la, user).is_ok_and(|f| f.global);
+        self.mmu.jump_insert(la, entry, global);
+    }
+
+    // ---- the one way to memory ----------------------------------------------------------------------------------------
+
+    /// After anything that may have filled the TLB: a table that grew must be where translated code looks.
+    #[inline]
+    fn after_fill(&mut self) {
+        if self.mmu.take_view_change() {
+            self.mmu.view().store(&mut self.state);
+        }
+    }
+
+    fn read_access(&mut self, la: LinearAddr, size: u32, access: Access, stack: bool) -> Result<u64, Trap> {
+        let r = self.mmu.read(&self.space, la, size, access);
+        self.after_fill();
+        match r.map_err(|f| trap_of(f, stack))? {
+            ReadOutcome::Value(v) => Ok(v),
+            ReadOutcome::Io(parts) => {
+                let mut b = [0; 8];
+                self.read_parts(parts.iter(), &mut b);
+                Ok(u64::from_le_bytes(b))
+            }
+        }
+    }
+
+    fn write_access(&mut self, la: LinearAddr, size: u32, value: u64, access: Access, stack: bool) -> Result<(), Trap> {
+        let r = self.mmu.write(&self.space, la, size, value, access);
+        self.after_fill();
+        match r.map_err(|f| trap_of(f, stack))? {
+            WriteOutcome::Done { code: false } => {}
+            WriteOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
+            WriteOutcome::Io(parts) => self.write_parts(parts.iter(), &value.to_le_bytes()),
+        }
+        Ok(())
+    }
+
+    fn read_bytes_access(&mut self, la: LinearAddr, buf: &mut [u8], access: Access, stack: bool) -> Result<(), Trap> {
+        let r = self.mmu.read_bytes(&self.space, la, buf, access);
+        self.after_fill();
+        if let BytesOutcome::Io(parts) = r.map_err(|f| trap_of(f, stack))? {
+            self.read_parts(parts.into_iter(), buf);
+        }
+        Ok(())
+    }
+
+    fn write_bytes_access(&mut self, la: LinearAddr, data: &[u8], access: Access, stack: bool) -> Result<(), Trap> {
+        let r = self.mmu.write_bytes(&self.space, la, data, access);
+        self.after_fill();
+        match r.map_err(|f| trap_of(f, stack))? {
+            BytesOutcome::Done { code: false } => {}
+            BytesOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
+            BytesOutcome::Io(parts) => self.write_parts(parts.into_iter(), data),
+        }
+        Ok(())
+    }
+
+    /// Reads piece by piece: memory as memory, devices in accesses of at most 8 bytes.
+    fn read_parts(&mut self, parts: impl Iterator<Item = Part>, buf: &mut [u8]) {
+        let mut rest = buf;
+        for part in parts {
+            let n = (part.len as usize).min(rest.len());
+            let (here, after) = std::mem::take(&mut rest).split_at_mut(n);
+            rest = after;
+            if !matches!(part.target, Target::Mmio { .. }) {
+                self.shared.map.read(part.pa, here);
+                continue;
+            }
+            for (i, chunk) in here.chunks_mut(8).enumerate() {
+                let (pa, size, cpu) = (part.pa.wrapping_add(8 * i as u64), chunk.len() as u8, self.index);
+                self.counters.mmio += 1;
+                let value = self.with_devices(|p| p.mmio_read(cpu, pa, size));
+                chunk.copy_from_slice(&value.to_le_bytes()[..chunk.len()]);
+            }
+        }
+    }
+
+    /// Writes piece by piece, like [`Self::read_parts`].
+    fn write_parts(&mut self, parts: impl Iterator<Item = Part>, data: &[u8]) {
+        let mut rest = data;
+        for part in parts {
+            let (here, after) = rest.split_at((part.len as usize).min(rest.len()));
+            rest = after;
+            if !matches!(part.target, Target::Mmio { .. }) {
+                self.shared.map.write(part.pa, here);
+                if self.mmu.code().note_write(part.pa, here.len() as u64) {
+                    crate::exec::slow::drop_written(self);
+                }
+                continue;
+            }
+            for (i, chunk) in here.chunks(8).enumerate() {
+                let mut b = [0; 8];
+                b[..chunk.len()].copy_from_slice(chunk);
+                let (pa, size, cpu) = (part.pa.wrapping_add(8 * i as u64), chunk.len() as u8, self.index);
+                self.counters.mmio += 1;
+                self.with_devices(|p| p.mmio_write(cpu, pa, size, u64::from_le_bytes(b)));
+            }
+        }
+    }
+}
+
+/// The exception of a memory fault; `stack`: through SS.
+fn trap_of(fault: Fault, stack: bool) -> Trap {
+    // An EPT fault cannot come without EPT, which no guest can turn on yet.
+    Trap::Exception(fault.exception(stack).unwrap_or(Exception::GP0))
+}
