@@ -9,6 +9,7 @@ pub mod control;
 pub mod cpuid;
 pub mod exception;
 pub mod flags;
+pub mod fpu;
 pub mod msr;
 pub mod paging;
 pub mod regs;

@@ -114,7 +114,19 @@ static FAMILIES: &[&[Row]] = &[
     crate::system::ROWS,
     crate::x87::ROWS,
     crate::mmx::ROWS,
-    crate::sse::ROWS,
+    crate::sse::moves::ROWS,
+    crate::sse::moves::ROWS_ONE,
+    crate::sse::int::ROWS,
+    crate::sse::int::ROWS_PLAIN,
+    crate::sse::float::ROWS,
+    crate::sse::float::ROWS_ONE,
+    crate::sse::convert::ROWS,
+    crate::sse::convert::ROWS_GPR,
+    crate::sse::shuffle::ROWS,
+    crate::sse::shuffle::ROWS_PLAIN,
+    crate::sse::string::ROWS,
+    crate::sse::crypto::ROWS,
+    crate::sse::state::ROWS,
 ];
 
 struct Table {
