@@ -5,11 +5,11 @@
 
 use iced_x86::{Code, Mnemonic, Register};
 use twofold_arch::cpuid::Feature;
-use twofold_arch::{CondCode, Loc};
-use twofold_ir::{BinOp, MemFlags, RmwOp, Ty, UnOp};
+use twofold_arch::CondCode;
+use twofold_ir::{BinOp, RmwOp, Ty, UnOp};
 
 use crate::table::Row;
-use crate::translator::{Access, Place, Translator};
+use crate::translator::{Access, Translator};
 
 const fn row(m: Mnemonic, emit: crate::table::Emit) -> Row {
     Row::all(m, emit)
@@ -201,21 +201,4 @@ fn cmov(t: &mut Translator<'_>) {
 fn setcc(t: &mut Translator<'_>) {
     let c = t.b.cond(condition(t));
     t.write_op(0, c);
-}
-
-/// Exchanges GS.base and IA32_KERNEL_GS_BASE (SDM Vol 2B, SWAPGS); its row is in `system`.
-pub(crate) fn swapgs(t: &mut Translator<'_>) {
-    let gs = Loc::seg_base(5);
-    let a = t.b.get(Ty::I64, gs);
-    let b = t.b.get(Ty::I64, Loc::KERNEL_GS_BASE);
-    t.b.put(gs, b);
-    t.b.put(Loc::KERNEL_GS_BASE, a);
-}
-
-/// CMPXCHG, XADD (their flags are SUB's and ADD's) are in `arith`; this reads a place twice for them.
-pub(crate) fn reread(t: &mut Translator<'_>, place: Place, ty: Ty) -> twofold_ir::Value {
-    match place {
-        Place::Reg(r) => t.read_gpr(r),
-        Place::Mem { addr, .. } => t.b.load(ty, MemFlags::NONE, addr),
-    }
 }
