@@ -114,6 +114,8 @@ static FAMILIES: &[&[Row]] = &[
     crate::system::ROWS,
     crate::x87::ROWS,
     crate::mmx::ROWS,
+    crate::mmx::ROWS_MOVES,
+    crate::mmx::ROWS_CONVERT,
     crate::sse::moves::ROWS,
     crate::sse::moves::ROWS_ONE,
     crate::sse::int::ROWS,
