@@ -1,10 +1,13 @@
-//! What the whole-guest benchmarks share: timed child processes with peak memory, and medians.
+//! What the whole-guest benchmarks share: timed child processes with peak memory, medians, and small guests to time.
 //!
 //! A measured run is a child process with closed stdin. Its wall time is from spawn to exit; peak resident memory and CPU
 //! time are polled from `/proc` (`VmHWM` only grows, so the last poll before the exit is the peak but for the last few
 //! milliseconds).
 
+pub mod kernels;
+
 use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -76,6 +79,33 @@ pub fn measure(command: &mut Command, marker: &str, limit: Duration) -> std::io:
     let stderr = stderr.join().unwrap_or_default();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(Run { wall, marker, cpu, peak_rss, status: status.code(), stdout: text(stdout), stderr: text(stderr) })
+}
+
+/// The repository's root.
+#[must_use]
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Builds the `twofold` command in this program's own profile and names it.
+///
+/// # Errors
+/// When cargo cannot be run, or fails.
+pub fn build_twofold() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|e| e.to_string())?;
+    let profile = own.parent().ok_or("no directory")?;
+    let target = profile.parent().ok_or("no target directory")?;
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root()).args(["build", "--quiet", "-p", "twofold-tools", "--bin", "twofold", "--target-dir"]);
+    cargo.arg(target);
+    if profile.ends_with("release") {
+        cargo.arg("--release");
+    }
+    match cargo.status() {
+        Ok(status) if status.success() => Ok(profile.join("twofold")),
+        Ok(status) => Err(format!("cargo build failed: {status}")),
+        Err(e) => Err(format!("cargo: {e}")),
+    }
 }
 
 /// `VmHWM` of a live process in bytes.

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
-use twofold_benches::{Run, measure, median};
+use twofold_benches::{Run, build_twofold, measure, median, root};
 
 const HELP: &str = "boot-vs-qemu: boots Debian's cloud kernel under twofold and QEMU TCG in turn
 
@@ -38,28 +38,6 @@ struct Options {
     limit: Duration,
     json: Option<PathBuf>,
     more: Vec<String>,
-}
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
-}
-
-/// Builds the command in this program's own profile and names it.
-fn build_twofold() -> Result<PathBuf, String> {
-    let own = std::env::current_exe().map_err(|e| e.to_string())?;
-    let profile = own.parent().ok_or("no directory")?;
-    let target = profile.parent().ok_or("no target directory")?;
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root()).args(["build", "--quiet", "-p", "twofold-tools", "--bin", "twofold", "--target-dir"]);
-    cargo.arg(target);
-    if profile.ends_with("release") {
-        cargo.arg("--release");
-    }
-    match cargo.status() {
-        Ok(status) if status.success() => Ok(profile.join("twofold")),
-        Ok(status) => Err(format!("cargo build failed: {status}")),
-        Err(e) => Err(format!("cargo: {e}")),
-    }
 }
 
 fn options() -> Result<Options, String> {
