@@ -32,6 +32,8 @@ pub enum Ty {
 }
 
 impl Ty {
+    /// Every type, in the order of its number.
+    pub const ALL: [Ty; 5] = [Ty::I8, Ty::I16, Ty::I32, Ty::I64, Ty::V128];
     /// Width in bytes.
     #[must_use]
     pub const fn bytes(self) -> u32 {
@@ -141,12 +143,84 @@ pub enum IntCc {
     Eq, Ne, Ult, Ule, Ugt, Uge, Slt, Sle, Sgt, Sge,
 }
 
+impl IntCc {
+    /// Every comparison, in the order of its number.
+    pub const ALL: [IntCc; 10] = {
+        use IntCc::*;
+        [Eq, Ne, Ult, Ule, Ugt, Uge, Slt, Sle, Sgt, Sge]
+    };
+    /// The comparison that holds for (b, a) when this one holds for (a, b).
+    #[must_use]
+    pub const fn swapped(self) -> Self {
+        use IntCc::*;
+        match self {
+            Eq => Eq,
+            Ne => Ne,
+            Ult => Ugt,
+            Ule => Uge,
+            Ugt => Ult,
+            Uge => Ule,
+            Slt => Sgt,
+            Sle => Sge,
+            Sgt => Slt,
+            Sge => Sle,
+        }
+    }
+    /// The comparison that holds when this one does not.
+    #[must_use]
+    pub const fn negated(self) -> Self {
+        use IntCc::*;
+        match self {
+            Eq => Ne,
+            Ne => Eq,
+            Ult => Uge,
+            Ule => Ugt,
+            Ugt => Ule,
+            Uge => Ult,
+            Slt => Sge,
+            Sle => Sgt,
+            Sgt => Sle,
+            Sge => Slt,
+        }
+    }
+}
+
+impl BinOp {
+    /// Every op, in the order of its number.
+    pub const ALL: [BinOp; 17] = {
+        use BinOp::*;
+        [Add, Sub, Mul, UMulHi, SMulHi, And, Or, Xor, Shl, Shr, Sar, Rotl, Rotr, UDiv, URem, SDiv, SRem]
+    };
+    /// Whether the operands can be exchanged.
+    #[must_use]
+    pub const fn commutes(self) -> bool {
+        use BinOp::*;
+        matches!(self, Add | Mul | UMulHi | SMulHi | And | Or | Xor)
+    }
+}
+
+impl UnOp {
+    /// Every op, in the order of its number.
+    pub const ALL: [UnOp; 6] = {
+        use UnOp::*;
+        [Not, Neg, Clz, Ctz, Popcnt, Bswap]
+    };
+}
+
 /// Atomic read-modify-write ops.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum RmwOp {
     Add, Sub, And, Or, Xor, Xchg,
+}
+
+impl RmwOp {
+    /// Every op, in the order of its number.
+    pub const ALL: [RmwOp; 6] = {
+        use RmwOp::*;
+        [Add, Sub, And, Or, Xor, Xchg]
+    };
 }
 
 /// What a memory op says beside its address.

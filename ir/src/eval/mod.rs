@@ -6,12 +6,16 @@
 //! by one, slowly: the model that everything else is tested against.
 
 mod env;
+mod lower;
 pub mod reference;
+mod run;
 pub mod scalar;
+mod word;
 
 use twofold_arch::Exception;
 
 pub use env::{Abandon, Env, FILE_BASE, FILE_WORDS, File};
+pub use lower::Lowerer;
 
 use crate::block::{Block, IndirectKind};
 
@@ -70,25 +74,52 @@ pub enum Leave {
     },
 }
 
-/// A block made ready to run.
+/// A block made ready to run: the words of `word`, then the exit records, then the index of each guest instruction's first
+/// word, four to a word.
 #[derive(Clone, Debug)]
 pub struct Program {
-    block: Box<Block>,
+    words: Box<[u64]>,
+    /// Words of code, records, and entries of the instruction table.
+    code: u16,
+    records: u16,
+    insns: u16,
+    extra: Option<Box<Extra>>,
+}
+
+/// What few programs have.
+#[derive(Clone, Debug)]
+struct Extra {
+    /// Run this by [`reference`] instead: it needs more temporaries than there are.
+    fallback: Option<Block>,
+    /// The exceptions of `Raise` exits.
+    raises: Vec<Exception>,
 }
 
 impl Program {
-    /// Lowers a block, which must be valid ([`crate::verify`]).
+    /// Lowers a block, which must be valid ([`crate::verify`]). To lower many, keep a [`Lowerer`].
     #[must_use]
     pub fn new(block: &Block) -> Self {
-        Self { block: Box::new(block.clone()) }
-    }
-    /// Runs it.
-    pub fn run<E: Env>(&self, env: &mut E) -> Leave {
-        reference::run(&self.block, env)
+        Lowerer::default().lower(block)
     }
     /// Bytes of memory it takes, for statistics.
     #[must_use]
     pub fn size(&self) -> usize {
-        size_of::<Self>() + self.block.ops.len() * 16
+        let fallback = self.extra.as_ref().and_then(|e| e.fallback.as_ref());
+        size_of::<Self>() + self.words.len() * 8 + fallback.map_or(0, |b| b.ops.len() * size_of::<crate::Op>())
+    }
+    /// Number of words of code, for statistics.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.code as usize
+    }
+    /// Whether there is no code: the terminal is all there is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.code == 0
+    }
+    /// Whether the block had more live values than there are temporaries, and runs slowly.
+    #[must_use]
+    pub fn is_fallback(&self) -> bool {
+        self.extra.as_ref().is_some_and(|e| e.fallback.is_some())
     }
 }
