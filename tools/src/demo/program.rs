@@ -281,6 +281,10 @@ fn emit_start32(p: &mut Piece, idt: u32) -> Result<(), IcedError> {
 fn main32<'t>(text: &'t mut Text, [bits32, pae, four]: [&ModeRows; 3]) -> Result<Piece<'t>, IcedError> {
     let mut p = Piece::new(layout::MAIN32, false, text)?;
     emit_start32(&mut p, 0)?;
+    // COM1: 8 data bits, which not every machine has from reset.
+    p.a.mov(edx, 0x3fb)?;
+    p.a.mov(al, 3)?;
+    p.a.out(dx, al)?;
     emit_cpuid(&mut p)?;
     emit_heading(&mut p)?;
     emit_real_rows(&mut p)?;
