@@ -4,9 +4,20 @@
 //! and of any runtime address, so a compiler runs on any thread. Nothing in a block can make it panic: what Cranelift
 //! cannot do comes back as an error, and the block stays in the evaluator.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use cranelift_codegen::binemit::Reloc;
+use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::ir::{ExternalName, Function};
+use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa, TargetIsa};
+use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::{Context, FinalizedRelocTarget};
 use twofold_arch::CodeSize;
 use twofold_ir::Block;
 
+use crate::code::MAX_TB_BYTES;
+use crate::frame;
+use crate::lower::{self, Buffers};
 use crate::thunks::Thunk;
 
 /// How a memory access finds its host address.
@@ -94,6 +105,10 @@ impl CompiledTb {
 /// Compiles blocks; keeps its buffers from one to the next.
 pub struct Compiler {
     options: Options,
+    isa: OwnedTargetIsa,
+    context: Context,
+    control: ControlPlane,
+    buffers: Buffers,
 }
 
 impl std::fmt::Debug for Compiler {
@@ -108,7 +123,12 @@ impl Compiler {
     /// # Errors
     /// [`CompileError::Unavailable`] when the host has no compile tier.
     pub fn new(options: Options) -> Result<Self, CompileError> {
-        Ok(Self { options })
+        if !crate::available() {
+            return Err(CompileError::Unavailable);
+        }
+        let isa = host_isa().ok_or(CompileError::Unavailable)?;
+        let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
+        Ok(Self { options, isa, context, control, buffers })
     }
 
     /// Compiles a block.
@@ -116,8 +136,16 @@ impl Compiler {
     /// # Errors
     /// See [`CompileError`]; the block then stays in the evaluator.
     pub fn compile(&mut self, block: &Block) -> Result<CompiledTb, CompileError> {
-        let _ = block;
-        Err(CompileError::Unavailable)
+        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(block)));
+        result.unwrap_or_else(|payload| {
+            // What a panic left behind is not to be trusted.
+            self.context = Context::new();
+            self.control = ControlPlane::default();
+            self.buffers = Buffers::default();
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+            Err(CompileError::Panic(text.unwrap_or("?").to_owned()))
+        })
     }
 
     /// The CLIF text of a block (`-d clif`).
@@ -125,7 +153,113 @@ impl Compiler {
     /// # Errors
     /// As [`Compiler::compile`].
     pub fn clif_text(&mut self, block: &Block) -> Result<String, CompileError> {
-        let _ = block;
-        Err(CompileError::Unavailable)
+        self.context.clear();
+        lower::lower(&mut self.context.func, block, self.options, &mut self.buffers)?;
+        Ok(self.context.func.display().to_string())
     }
+
+    fn compile_inner(&mut self, block: &Block) -> Result<CompiledTb, CompileError> {
+        self.context.clear();
+        let lowered = lower::lower(&mut self.context.func, block, self.options, &mut self.buffers)?;
+        if self.options.verify {
+            verify(&self.context.func, &*self.isa)?;
+        }
+        let compiled = self.context.compile(&*self.isa, &mut self.control);
+        compiled.map_err(|e| CompileError::Codegen(format!("{:?}", e.inner)))?;
+        let buffer = &self.context.compiled_code().ok_or(CompileError::Malformed)?.buffer;
+        if buffer.data().len() + lowered.slots.len() * 32 > MAX_TB_BYTES {
+            return Err(CompileError::TooLarge);
+        }
+
+        let mut tb = CompiledTb {
+            code: buffer.data().to_vec(),
+            entry: 0,
+            calls: Vec::new(),
+            slots: lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off }).collect(),
+            returns: Vec::new(),
+            charged: block.retired,
+            size: block.flags.size(),
+        };
+        let names = self.context.func.params.user_named_funcs();
+        for reloc in buffer.relocs() {
+            let FinalizedRelocTarget::ExternalName(ExternalName::User(name)) = reloc.target else {
+                return Err(CompileError::Codegen(format!("relocation {:?}", reloc.kind)));
+            };
+            if reloc.kind != Reloc::X86CallPCRel4 || reloc.addend != -4 {
+                return Err(CompileError::Codegen(format!("relocation {:?}", reloc.kind)));
+            }
+            let name = &names[name];
+            match name.namespace {
+                lower::NAME_THUNK => tb.calls.push((reloc.offset, Thunk::from_index(name.index as usize))),
+                _ => tb.slots[name.index as usize].at = reloc.offset,
+            }
+        }
+        let locations = buffer.get_srclocs_sorted();
+        for site in buffer.call_sites() {
+            let last = site.ret_addr - 1;
+            let i = locations.partition_point(|l| l.end <= last);
+            if let Some(l) = locations.get(i).filter(|l| l.start <= last && !l.loc.is_default()) {
+                tb.returns.push((site.ret_addr, l.loc.bits() as u16));
+            }
+        }
+        tb.returns.sort_unstable();
+        frame::remove(&mut tb);
+        Ok(tb)
+    }
+}
+
+/// Checks the function as Cranelift wants it, but for the results that our called thunks have: its own functions of that
+/// convention could not have any.
+fn verify(func: &Function, isa: &dyn TargetIsa) -> Result<(), CompileError> {
+    let mut copy = func.clone();
+    for (_, signature) in &mut copy.dfg.signatures {
+        if signature.call_conv == CallConv::PreserveAll {
+            signature.call_conv = CallConv::SystemV;
+        }
+    }
+    cranelift_codegen::verify_function(&copy, isa).map_err(|e| CompileError::Codegen(format!("{e}\n{copy}")))
+}
+
+fn host_isa() -> Option<OwnedTargetIsa> {
+    let mut shared = settings::builder();
+    for (name, value) in [
+        ("opt_level", "none"),
+        ("regalloc_algorithm", "backtracking"),
+        // Tail calls need them on x86-64; see `frame` for what becomes of them.
+        ("preserve_frame_pointers", "true"),
+        ("unwind_info", "false"),
+        ("enable_verifier", "false"),
+        ("enable_probestack", "false"),
+    ] {
+        shared.set(name, value).ok()?;
+    }
+    let mut isa = isa::lookup(target_lexicon::Triple::host()).ok()?;
+    for &name in host_features().iter() {
+        isa.enable(name).ok()?;
+    }
+    isa.finish(settings::Flags::new(shared)).ok()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn host_features() -> Vec<&'static str> {
+    use std::arch::is_x86_feature_detected as has;
+    let all = [
+        ("has_cmpxchg16b", has!("cmpxchg16b")),
+        ("has_sse3", has!("sse3")),
+        ("has_ssse3", has!("ssse3")),
+        ("has_sse41", has!("sse4.1")),
+        ("has_sse42", has!("sse4.2")),
+        ("has_avx", has!("avx")),
+        ("has_avx2", has!("avx2")),
+        ("has_popcnt", has!("popcnt")),
+        ("has_bmi1", has!("bmi1")),
+        ("has_bmi2", has!("bmi2")),
+        ("has_lzcnt", has!("lzcnt")),
+    ];
+    all.into_iter().filter(|f| f.1).map(|f| f.0).collect()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn host_features() -> Vec<&'static str> {
+    Vec::new()
 }

@@ -12,6 +12,7 @@ mod abi;
 mod code;
 mod compiler;
 mod disasm;
+mod frame;
 mod layout;
 mod lower;
 pub mod perf;

@@ -1,1 +1,369 @@
-//! IR to CLIF.
+//! IR to CLIF: one function a block, one file an op family.
+//!
+//! Place in the pipeline: called by `compiler` for a block that the passes have simplified. The function's one parameter is
+//! the state; every way out of it is a tail call, of a thunk or of a direct exit (a slot), so that control never returns
+//! to it. Guest state is written through at each `Put`; values live in registers between. What is called in between
+//! (thunks) keeps every register, see `thunks`.
+//!
+//! Invariants: the source location of an instruction is the index of its guest instruction; that is where return
+//! addresses get theirs from. No Cranelift op is used that can trap.
+
+mod exit;
+mod int;
+mod mem;
+mod vec;
+
+use cranelift_codegen::cursor::{Cursor, FuncCursor};
+use cranelift_codegen::ir::immediates::{Imm64, Offset32};
+use cranelift_codegen::ir::{
+    AbiParam, Endianness, ExtFuncData, ExternalName, FuncRef, Function, InstBuilder, MemFlags, MemFlagsData, Opcode,
+    Signature, SourceLoc, Type, UserExternalName, Value as Clif, types,
+};
+use cranelift_codegen::isa::CallConv;
+use twofold_arch::CodeSize;
+use twofold_ir::{Block, Op, Ty, Value};
+
+use crate::compiler::{CompileError, Options};
+use crate::layout;
+use crate::thunks::Thunk;
+
+/// Name space of external functions that are thunks; the index is the thunk's.
+pub(crate) const NAME_THUNK: u32 = 0;
+/// Name space of external functions that are direct exits; the index counts them.
+pub(crate) const NAME_SLOT: u32 = 1;
+
+/// The CLIF type of every vector value; ops cast to what they need.
+const V: Type = types::I8X16;
+
+/// What one block's lowering leaves beside the function.
+#[derive(Debug, Default)]
+pub(crate) struct Lowered {
+    /// Page offset of each direct exit's target, in the order of their external indexes.
+    pub slots: Vec<u16>,
+}
+
+/// Buffers kept from block to block.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    values: Vec<Option<Clif>>,
+    wide: Vec<Option<Clif>>,
+    functions: Vec<((u32, u32), FuncRef)>,
+}
+
+/// Parameter and result lists of the thunks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Shape {
+    /// Ends the function (`Tail`), or is called and keeps every register (`PreserveAll`).
+    tail: bool,
+    /// I64 parameters, the state included.
+    ints: u8,
+    /// V128 parameters.
+    vecs: u8,
+    /// I64 results; the second is a clobbered register.
+    rets: u8,
+    /// V128 results.
+    vec_rets: u8,
+}
+
+impl Shape {
+    const fn tail(ints: u8) -> Self {
+        Self { tail: true, ints, vecs: 0, rets: 1, vec_rets: 0 }
+    }
+    const fn call(ints: u8, rets: u8) -> Self {
+        Self { tail: false, ints, vecs: 0, rets, vec_rets: 0 }
+    }
+}
+
+struct Lowering<'a> {
+    cur: FuncCursor<'a>,
+    block: &'a Block,
+    options: Options,
+    buf: &'a mut Buffers,
+    out: &'a mut Lowered,
+    state: Clif,
+    /// The block has vector values, so called thunks must keep vector registers.
+    full: bool,
+    /// Flags of accesses to the state, and of accesses to guest memory.
+    trusted: MemFlags,
+    guest: MemFlags,
+    signatures: Vec<(Shape, cranelift_codegen::ir::SigRef)>,
+}
+
+/// Fills `func` (cleared) with the block's CLIF.
+pub(crate) fn lower(
+    func: &mut Function,
+    block: &Block,
+    options: Options,
+    buf: &mut Buffers,
+) -> Result<Lowered, CompileError> {
+    let mut out = Lowered::default();
+    let end = block.end.ok_or(CompileError::Malformed)?;
+    func.signature = signature(Shape::tail(1));
+    let entry = func.dfg.make_block();
+    func.layout.append_block(entry);
+    let state = func.dfg.append_block_param(entry, types::I64);
+    let trusted = func.dfg.mem_flags.insert_unchecked(MemFlagsData::trusted());
+    let guest = func.dfg.mem_flags.insert_unchecked(MemFlagsData::new().with_notrap());
+    buf.values.clear();
+    buf.values.resize(block.ops.len(), None);
+    buf.wide.clear();
+    buf.wide.resize(block.ops.len(), None);
+    buf.functions.clear();
+    let full = block.ops.iter().any(|op| op.result() == Some(Ty::V128));
+    let mut cur = FuncCursor::new(func);
+    cur.goto_bottom(entry);
+    cur.set_srcloc(SourceLoc::new(0));
+    let mut l = Lowering {
+        cur,
+        block,
+        options,
+        buf,
+        out: &mut out,
+        state,
+        full,
+        trusted,
+        guest,
+        signatures: Vec::new(),
+    };
+    l.budget_check();
+    let mut next_insn = 0;
+    for (i, op) in block.ops.iter().enumerate() {
+        while block.insns.get(next_insn).is_some_and(|insn| insn.first as usize <= i) {
+            l.cur.set_srcloc(SourceLoc::new(next_insn as u32));
+            next_insn += 1;
+        }
+        l.op(i, op)?;
+    }
+    l.exit(&end, block.retired)?;
+    Ok(out)
+}
+
+fn signature(shape: Shape) -> Signature {
+    let mut s = Signature::new(if shape.tail { CallConv::Tail } else { CallConv::PreserveAll });
+    s.params.extend((0..shape.ints).map(|_| AbiParam::new(types::I64)));
+    s.params.extend((0..shape.vecs).map(|_| AbiParam::new(V)));
+    s.returns.extend((0..shape.rets).map(|_| AbiParam::new(types::I64)));
+    s.returns.extend((0..shape.vec_rets).map(|_| AbiParam::new(V)));
+    s
+}
+
+/// The CLIF type of an IR type.
+fn clif(ty: Ty) -> Type {
+    match ty {
+        Ty::I8 => types::I8,
+        Ty::I16 => types::I16,
+        Ty::I32 => types::I32,
+        Ty::I64 => types::I64,
+        Ty::V128 => V,
+    }
+}
+
+impl Lowering<'_> {
+    // ---- values -----------------------------------------------------------------------------------------------------
+
+    fn get(&self, v: Value) -> Result<Clif, CompileError> {
+        self.buf.values.get(v.index()).copied().flatten().ok_or(CompileError::Malformed)
+    }
+    fn set(&mut self, index: usize, v: Clif) {
+        self.buf.values[index] = Some(v);
+    }
+    /// Sets an integer value of type `ty` from its zero-extended 64 bits.
+    fn set_wide(&mut self, index: usize, ty: Ty, v: Clif) {
+        if ty == Ty::I64 {
+            return self.set(index, v);
+        }
+        let narrow = self.cur.ins().ireduce(clif(ty), v);
+        self.set(index, narrow);
+        self.buf.wide[index] = Some(v);
+    }
+    /// An integer value zero-extended to I64.
+    fn zext64(&mut self, v: Value) -> Result<Clif, CompileError> {
+        let x = self.get(v)?;
+        if let Some(w) = self.buf.wide[v.index()] {
+            return Ok(w);
+        }
+        if self.cur.func.dfg.value_type(x) == types::I64 {
+            return Ok(x);
+        }
+        let w = self.cur.ins().uextend(types::I64, x);
+        self.buf.wide[v.index()] = Some(w);
+        Ok(w)
+    }
+    fn iconst(&mut self, ty: Type, imm: i64) -> Clif {
+        // Immediates are kept masked to the type, as the verifier wants them.
+        let mask = if ty.bits() >= 64 { -1 } else { (1i64 << ty.bits()) - 1 };
+        let imm = Imm64::new(imm & mask);
+        let (inst, dfg) = self.cur.ins().UnaryImm(Opcode::Iconst, ty, imm);
+        dfg.first_result(inst)
+    }
+    fn const64(&mut self, imm: u64) -> Clif {
+        self.iconst(types::I64, imm as i64)
+    }
+
+    // ---- state ------------------------------------------------------------------------------------------------------
+
+    fn load_at(&mut self, ty: Type, base: Clif, offset: i32, flags: MemFlags) -> Clif {
+        let (inst, dfg) = self.cur.ins().Load(Opcode::Load, ty, flags, Offset32::new(offset), base);
+        dfg.first_result(inst)
+    }
+    fn store_at(&mut self, v: Clif, base: Clif, offset: i32, flags: MemFlags) {
+        let ty = self.cur.func.dfg.value_type(v);
+        self.cur.ins().Store(Opcode::Store, ty, flags, Offset32::new(offset), v, base);
+    }
+    fn load_state(&mut self, ty: Type, offset: usize) -> Clif {
+        self.load_at(ty, self.state, offset as i32, self.trusted)
+    }
+    fn store_state(&mut self, v: Clif, offset: usize) {
+        self.store_at(v, self.state, offset as i32, self.trusted);
+    }
+
+    // ---- blocks and calls -------------------------------------------------------------------------------------------
+
+    /// A new block at the end of the layout; the cursor stays.
+    fn new_block(&mut self, cold: bool) -> cranelift_codegen::ir::Block {
+        let b = self.cur.func.dfg.make_block();
+        self.cur.func.layout.append_block(b);
+        if cold {
+            self.cur.func.layout.set_cold(b);
+        }
+        b
+    }
+    fn function(&mut self, space: u32, index: u32, shape: Shape) -> FuncRef {
+        if let Some(&(_, f)) = self.buf.functions.iter().find(|(key, _)| *key == (space, index)) {
+            return f;
+        }
+        let signature = match self.signatures.iter().find(|(s, _)| *s == shape) {
+            Some(&(_, s)) => s,
+            None => {
+                let s = self.cur.func.import_signature(signature(shape));
+                self.signatures.push((shape, s));
+                s
+            }
+        };
+        let name = self.cur.func.declare_imported_user_function(UserExternalName { namespace: space, index });
+        let data = ExtFuncData { name: ExternalName::user(name), signature, colocated: true, patchable: false };
+        let f = self.cur.func.import_function(data);
+        self.buf.functions.push(((space, index), f));
+        f
+    }
+    /// Calls a thunk; the state is the first argument. Returns its first result.
+    fn call(&mut self, thunk: Thunk, shape: Shape, args: &[Clif]) -> Option<Clif> {
+        let f = self.function(NAME_THUNK, thunk.index() as u32, shape);
+        let mut all = [self.state; 6];
+        all[1..=args.len()].copy_from_slice(args);
+        let inst = self.cur.ins().call(f, &all[..=args.len()]);
+        self.cur.func.dfg.inst_results(inst).first().copied()
+    }
+    /// Ends the block by going to a thunk; the state is the first argument.
+    fn tail(&mut self, thunk: Thunk, args: &[Clif]) {
+        let f = self.function(NAME_THUNK, thunk.index() as u32, Shape::tail(args.len() as u8 + 1));
+        let mut all = [self.state; 5];
+        all[1..=args.len()].copy_from_slice(args);
+        self.cur.ins().return_call(f, &all[..=args.len()]);
+    }
+
+    // ---- ops --------------------------------------------------------------------------------------------------------
+
+    fn op(&mut self, i: usize, op: &Op) -> Result<(), CompileError> {
+        match *op {
+            Op::Nop => {}
+            Op::Const { ty, imm } => {
+                let v = self.iconst(clif(ty), imm as i64);
+                self.set(i, v);
+            }
+            Op::Get { ty, loc } => {
+                let v = self.load_state(clif(ty), loc.0 as usize);
+                self.set(i, v);
+            }
+            Op::Put { loc, v, .. } => {
+                let v = self.get(v)?;
+                self.store_state(v, loc.0 as usize);
+            }
+            Op::Rip { off } => {
+                let v = self.rip(i64::from(off));
+                self.set(i, v);
+            }
+            Op::Bin { op, ty, a, b } => self.bin(i, op, ty, a, b)?,
+            Op::Un { op, ty, a } => self.un(i, op, ty, a)?,
+            Op::Cmp { cc, a, b, .. } => self.cmp(i, cc, a, b)?,
+            Op::Select { c, a, b, .. } => {
+                let (c, a, b) = (self.get(c)?, self.get(a)?, self.get(b)?);
+                let v = self.cur.ins().select(c, a, b);
+                self.set(i, v);
+            }
+            Op::Zext { to, a } => self.zext(i, to, a)?,
+            Op::Sext { to, a } => {
+                let a = self.get(a)?;
+                let v = self.cur.ins().sextend(clif(to), a);
+                self.set(i, v);
+            }
+            Op::Trunc { to, a } => {
+                let a = self.get(a)?;
+                let v = self.cur.ins().ireduce(clif(to), a);
+                self.set(i, v);
+            }
+            Op::Pair { lo, hi } => self.pair(i, lo, hi)?,
+            Op::Half { a, hi } => self.half(i, a, hi)?,
+            Op::Cond { cc } => {
+                let cc = self.const64(cc as u64);
+                if let Some(v) = self.call(Thunk::cond(self.full), Shape::call(2, 1), &[cc]) {
+                    self.set_wide(i, Ty::I8, v);
+                }
+            }
+            Op::Flags => {
+                if let Some(v) = self.call(Thunk::flags(self.full), Shape::call(1, 1), &[]) {
+                    self.set(i, v);
+                }
+            }
+            Op::Load { ty, flags, addr } => self.load(i, ty, flags, addr)?,
+            Op::Store { ty, flags, addr, v } => self.store(ty, flags, addr, v)?,
+            Op::Rmw { op, ty, addr, v } => self.rmw(i, op, ty, addr, v)?,
+            Op::CmpXchg { ty, addr, expected, new } => self.cmpxchg(i, ty, addr, expected, new)?,
+            Op::Vec { op, imm, a, b, c } => self.vec(i, op, imm, [a, b, c])?,
+            Op::Call { helper, args } => {
+                let n = args.iter().take_while(|&&a| a != Value::NONE).count();
+                let mut values = [self.const64((layout::FN_HELPERS + helper as usize * 8) as u64); 5];
+                for (to, &a) in values[1..].iter_mut().zip(&args[..n]) {
+                    *to = self.get(a)?;
+                }
+                let shape = Shape::call(n as u8 + 2, 1);
+                if let Some(v) = self.call(Thunk::helper(self.full), shape, &values[..=n]) {
+                    self.set(i, v);
+                }
+            }
+            Op::ExitIf { c, exit } => {
+                let side = *self.block.exits.get(exit as usize).ok_or(CompileError::Malformed)?;
+                let c = self.get(c)?;
+                let out = self.new_block(true);
+                let next = self.new_block(false);
+                self.cur.ins().brif(c, out, &[], next, &[]);
+                self.cur.goto_bottom(out);
+                self.exit(&side.exit, side.retired)?;
+                self.cur.goto_bottom(next);
+            }
+        }
+        Ok(())
+    }
+
+    /// `rip_base + off`, truncated to the code size.
+    fn rip(&mut self, off: i64) -> Clif {
+        let base = self.load_state(types::I64, layout::RIP_BASE);
+        let v = self.cur.ins().iadd_imm_s(base, off);
+        match self.block.flags.size() {
+            CodeSize::Bits64 => v,
+            CodeSize::Bits32 => {
+                let low = self.cur.ins().ireduce(types::I32, v);
+                self.cur.ins().uextend(types::I64, low)
+            }
+            CodeSize::Bits16 => self.cur.ins().band_imm_u(v, 0xffff),
+        }
+    }
+
+    /// A vector value as another vector type.
+    fn cast(&mut self, v: Clif, ty: Type) -> Clif {
+        if self.cur.func.dfg.value_type(v) == ty {
+            return v;
+        }
+        self.cur.ins().bitcast(ty, MemFlagsData::new().with_endianness(Endianness::Little), v)
+    }
+}

@@ -107,7 +107,7 @@ impl Thunk {
     pub const fn far(size: CodeSize) -> Self {
         Self::sized(12, size)
     }
-    /// Call a helper; RSI, RDX, RCX, R8: arguments, R9: its byte offset in the table.
+    /// Call a helper; RSI: its byte offset in the table, RDX, RCX, R8, R9: arguments.
     pub const fn helper(full: bool) -> Self {
         Self(17 + full as u16)
     }
@@ -119,7 +119,8 @@ impl Thunk {
     pub const fn flags(full: bool) -> Self {
         Self(21 + full as u16)
     }
-    /// Slow access; RSI: address, RDX: `MemInfo`, RCX, R8: operands; XMM0 for 16 bytes.
+    /// Slow access; RSI: address, RDX: `MemInfo`, RCX, R8: operands, or XMM0 for 16 bytes. RAX = a place in the state that
+    /// holds the value (of a load), or that may be written instead of memory.
     pub const fn slow(kind: AccessKind, vector: bool, full: bool) -> Self {
         match (kind, vector) {
             (AccessKind::Load, false) => Self(23 + full as u16),
@@ -384,8 +385,13 @@ global_asm!(
     ".irp full, 0, 1",
     "tf_thunk",
     "tf_save \\full",
-    "add r9, [rdi + {helpers}]",
-    "call [r9]",
+    "mov rax, [rdi + {helpers}]",
+    "add rax, rsi",
+    "mov rsi, rdx",
+    "mov rdx, rcx",
+    "mov rcx, r8",
+    "mov r8, r9",
+    "call [rax]",
     "tf_check_fault",
     "tf_restore \\full",
     "ret",
@@ -401,37 +407,37 @@ global_asm!(
     "ret",
     ".endr",
     ".endr",
-    // 23: slow load, 25: slow store, 27: atomic.
-    ".macro tf_slow name off full",
+    // 23: slow load, 25: slow store, 27: atomic, 29: load of 16 bytes. RAX = where the value is.
+    ".macro tf_slow off full vector",
     "tf_thunk",
-    "\\name\\full\\():",
     "tf_save \\full",
     "mov rax, [rdi + {helpers}]",
     "call [rax + \\off]",
     "tf_check_fault",
+    ".ifeq \\vector",
+    "mov [rdi + {mem_result}], rax",
+    ".endif",
     "tf_restore \\full",
+    "lea rax, [rdi + {mem_result}]",
     "ret",
     ".endm",
-    "tf_slow twofold_slow_load, {fn_load}, 0",
-    "tf_slow twofold_slow_load, {fn_load}, 1",
-    "tf_slow twofold_slow_store, {fn_store}, 0",
-    "tf_slow twofold_slow_store, {fn_store}, 1",
-    "tf_slow twofold_slow_atomic, {fn_atomic}, 0",
-    "tf_slow twofold_slow_atomic, {fn_atomic}, 1",
-    // 29, 30: 16 bytes.
+    "tf_slow {fn_load}, 0, 0",
+    "tf_slow {fn_load}, 1, 0",
+    "tf_slow {fn_store}, 0, 0",
+    "tf_slow {fn_store}, 1, 0",
+    "tf_slow {fn_atomic}, 0, 0",
+    "tf_slow {fn_atomic}, 1, 0",
+    "tf_slow {fn_load}, 1, 1",
+    // 30: store of 16 bytes in XMM0.
     "tf_thunk",
-    "twofold_slow_load_vec:",
+    "movups [rdi + {mem_result}], xmm0",
     "tf_save 1",
     "mov rax, [rdi + {helpers}]",
-    "call [rax + {fn_load}]",
+    "call [rax + {fn_store}]",
     "tf_check_fault",
     "tf_restore 1",
-    "movups xmm0, [rdi + {mem_result}]",
+    "lea rax, [rdi + {mem_result}]",
     "ret",
-    "tf_thunk",
-    "twofold_slow_store_vec:",
-    "movups [rdi + {mem_result}], xmm0",
-    "jmp twofold_slow_store1",
     // 31: vector op by number.
     "tf_thunk",
     "tf_save 1",
@@ -475,9 +481,9 @@ global_asm!(
     "772:",
     "mov edx, {load_kind} + \\log2 + (\\stack << 8) + (\\mode << 16)",
     ".if \\log2 == 4",
-    "jmp twofold_slow_load_vec",
+    "jmp twofold_probe_load_vec",
     ".else",
-    "jmp twofold_slow_load\\full",
+    "jmp twofold_probe_load\\full",
     ".endif",
     ".endm",
     ".macro tf_store mode stack full log2 reg",
@@ -510,6 +516,16 @@ global_asm!(
     "jmp twofold_probe_store\\full",
     ".endif",
     ".endm",
+    // Like the slow load, with the result in RAX or XMM0.
+    ".macro tf_probe_load full",
+    "twofold_probe_load\\full\\():",
+    "tf_save \\full",
+    "mov rax, [rdi + {helpers}]",
+    "call [rax + {fn_load}]",
+    "tf_check_fault",
+    "tf_restore \\full",
+    "ret",
+    ".endm",
     // Like the slow store, for a caller that pushed RCX, RDX and a copy of its return address.
     ".macro tf_probe_store full",
     "twofold_probe_store\\full\\():",
@@ -524,6 +540,16 @@ global_asm!(
     "ret",
     ".endm",
     ".p2align 4, 0xcc",
+    "tf_probe_load 0",
+    "tf_probe_load 1",
+    "twofold_probe_load_vec:",
+    "tf_save 1",
+    "mov rax, [rdi + {helpers}]",
+    "call [rax + {fn_load}]",
+    "tf_check_fault",
+    "tf_restore 1",
+    "movups xmm0, [rdi + {mem_result}]",
+    "ret",
     "tf_probe_store 0",
     "tf_probe_store 1",
     "twofold_probe_store_vec:",
@@ -556,6 +582,7 @@ global_asm!(
     ".purgem tf_entry",
     ".purgem tf_load",
     ".purgem tf_store",
+    ".purgem tf_probe_load",
     ".purgem tf_probe_store",
     ".previous",
     rip_base = const layout::RIP_BASE,
