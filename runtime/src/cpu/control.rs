@@ -1,0 +1,405 @@
+//! Control registers, EFER, XCR0, PKRU and invalidation: their checks, and exactly the TLB effects they have.
+//!
+//! Place in the pipeline: helpers of MOV to and from CRn, LMSW, CLTS, XSETBV, INVLPG, INVPCID and WRPKRU; `msr` calls
+//! [`write_efer`]. Invariant: after every change that paging depends on, `space`, the mmu's current context and the views in
+//! the state agree.
+
+use twofold_arch::control::{cr0, cr4, efer, rflags, xcr0};
+use twofold_arch::segment::attr;
+use twofold_arch::{LinearAddr, Segment};
+use twofold_mmu::walk::{Direct, load_pdptes};
+use twofold_mmu::{AddressSpace, PagingMode};
+
+use super::Helped;
+use super::cpuid::Bit;
+use super::mode::{TR, is_64bit, is_canonical, is_long, refresh_space};
+use super::segments::{GP0, UD};
+use crate::vcpu::{MemAs, Trap, Vcpu};
+
+/// Bit 63 of a value moved to CR3: do not invalidate.
+const CR3_NO_INVALIDATE: u64 = 1 << 63;
+
+/// Helpers for CPL 0 only check again what the front end has checked.
+fn privileged(v: &Vcpu) -> Result<(), Trap> {
+    if v.state.cpl == 0 { Ok(()) } else { Err(GP0) }
+}
+
+// ---- reads ------------------------------------------------------------------------------------------------------------
+
+/// MOV from CRn.
+pub fn read_cr(v: &mut Vcpu, number: u64) -> Helped {
+    privileged(v)?;
+    let s = &v.state;
+    match number {
+        0 => Ok(s.cr0),
+        2 => Ok(s.cr2),
+        3 => Ok(s.cr3),
+        4 => Ok(s.cr4),
+        8 => {
+            let value = v.platform().cr8(v.index);
+            v.state.cr8 = value;
+            Ok(value)
+        }
+        _ => Err(UD),
+    }
+}
+
+// ---- writes -----------------------------------------------------------------------------------------------------------
+
+/// MOV to CRn (SDM Vol 2B, "MOV—Move to/from Control Registers").
+pub fn write_cr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
+    privileged(v)?;
+    match number {
+        0 => write_cr0(v, value)?,
+        2 => v.state.cr2 = value,
+        3 => write_cr3(v, value)?,
+        4 => write_cr4(v, value)?,
+        8 if value & !15 == 0 => {
+            v.state.cr8 = value;
+            let index = v.index;
+            v.with_devices(|p| p.set_cr8(index, value));
+        }
+        8 => return Err(GP0),
+        _ => return Err(UD),
+    }
+    Ok(0)
+}
+
+/// The PDPTE registers from the table that `cr3` points to; #GP(0) for reserved bits.
+fn read_pdptes(v: &Vcpu, cr3: u64) -> Result<[u64; 4], Trap> {
+    let (phys, code) = (v.mmu.phys().clone(), v.mmu.code().clone());
+    load_pdptes(cr3, v.model.phys_bits, &mut Direct { phys: &phys, code: &code }).map_err(|_| GP0)
+}
+
+/// Stores new values of the registers that paging depends on, and lets the mmu drop what that invalidates.
+fn set_controls(v: &mut Vcpu, new: Controls) {
+    let old: AddressSpace = v.space;
+    v.state.cr0 = new.cr0;
+    v.state.cr4 = new.cr4;
+    v.state.efer = new.efer;
+    if let Some(pdptes) = new.pdptes {
+        v.state.pdpte = pdptes;
+    }
+    refresh_space(v);
+    if old != v.space {
+        let view = v.mmu.controls_changed(&old, &v.space);
+        view.store(&mut v.state);
+    }
+}
+
+struct Controls {
+    cr0: u64,
+    cr4: u64,
+    efer: u64,
+    pdptes: Option<[u64; 4]>,
+}
+
+/// MOV to CR0.
+pub fn write_cr0(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
+    if value >> 32 != 0 {
+        return Err(GP0);
+    }
+    let s = &v.state;
+    let value = value & cr0::DEFINED | cr0::ET;
+    let has = |bit: u64| value & bit != 0;
+    if (has(cr0::PG) && !has(cr0::PE)) || (has(cr0::NW) && !has(cr0::CD)) {
+        return Err(GP0);
+    }
+    if !has(cr0::WP) && s.cr4 & cr4::CET != 0 {
+        return Err(GP0);
+    }
+    let (was_paging, paging) = (s.cr0 & cr0::PG != 0, has(cr0::PG));
+    let mut new_efer = s.efer;
+    if paging && !was_paging && s.efer & efer::LME != 0 {
+        let tss16 = s.seg[TR].attr & (attr::TYPE & !2) == 1;
+        if s.cr4 & cr4::PAE == 0 || s.seg[1].attr & attr::L != 0 || tss16 {
+            return Err(GP0);
+        }
+        new_efer |= efer::LMA;
+    }
+    if !paging && was_paging {
+        if is_64bit(s) || s.cr4 & cr4::PCIDE != 0 {
+            return Err(GP0);
+        }
+        new_efer &= !efer::LMA;
+    }
+    let mode = PagingMode::from_registers(value, s.cr4, new_efer);
+    let reload = (s.cr0 ^ value) & (cr0::PG | cr0::CD | cr0::NW) != 0;
+    let pdptes = if mode == PagingMode::Pae && reload { Some(read_pdptes(v, v.state.cr3)?) } else { None };
+    let left_protected = v.state.cr0 & cr0::PE != 0 && value & cr0::PE == 0;
+    let controls = Controls { cr0: value, cr4: v.state.cr4, efer: new_efer, pdptes };
+    set_controls(v, controls);
+    if left_protected {
+        v.state.cpl = 0;
+    }
+    Ok(())
+}
+
+/// MOV to CR3.
+pub fn write_cr3(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
+    let s = &v.state;
+    let long = is_long(s);
+    let pcide = s.cr4 & cr4::PCIDE != 0;
+    let mut value = value;
+    let mut keep = false;
+    if long {
+        if pcide {
+            keep = value & CR3_NO_INVALIDATE != 0;
+            value &= !CR3_NO_INVALIDATE;
+        }
+        if value >> v.model.phys_bits != 0 {
+            return Err(GP0);
+        }
+    }
+    if v.space.mode == PagingMode::Pae {
+        v.state.pdpte = read_pdptes(v, value)?;
+    }
+    v.state.cr3 = value;
+    refresh_space(v);
+    let view = v.mmu.mov_cr3(&v.space, keep);
+    view.store(&mut v.state);
+    Ok(())
+}
+
+/// CR3 of a task switch: legacy modes only. A reserved bit in a PDPTE leaves the old registers.
+pub(super) fn switch_cr3(v: &mut Vcpu, value: u64) {
+    // The SDM raises #GP in the new task's context for bad PDPTEs; the address space then stays the old one.
+    let _ = write_cr3(v, value);
+}
+
+/// The CR4 bits this processor has.
+fn cr4_mask(v: &Vcpu) -> u64 {
+    let rows: [(u64, Bit); 18] = [
+        (cr4::VME | cr4::PVI, Bit::Vme),
+        (cr4::TSD, Bit::Tsc),
+        (cr4::DE, Bit::De),
+        (cr4::PSE, Bit::Pse),
+        (cr4::PAE, Bit::Pae),
+        (cr4::MCE, Bit::Mce),
+        (cr4::PGE, Bit::Pge),
+        (cr4::PCE, Bit::Fpu),
+        (cr4::OSFXSR, Bit::Fxsr),
+        (cr4::OSXMMEXCPT, Bit::Sse),
+        (cr4::UMIP, Bit::Umip),
+        (cr4::LA57, Bit::La57),
+        (cr4::FSGSBASE, Bit::Fsgsbase),
+        (cr4::PCIDE, Bit::Pcid),
+        (cr4::OSXSAVE, Bit::Xsave),
+        (cr4::SMEP, Bit::Smep),
+        (cr4::SMAP, Bit::Smap),
+        (cr4::PKE, Bit::Pku),
+    ];
+    rows.iter().filter(|(_, bit)| v.model.has(*bit)).fold(0, |mask, (bits, _)| mask | bits)
+}
+
+/// MOV to CR4.
+pub fn write_cr4(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
+    if value & !cr4_mask(v) != 0 {
+        return Err(GP0);
+    }
+    let s = &v.state;
+    let changed = s.cr4 ^ value;
+    if is_long(s) && (value & cr4::PAE == 0 || changed & cr4::LA57 != 0) {
+        return Err(GP0);
+    }
+    if changed & value & cr4::PCIDE != 0 && (!is_long(s) || s.cr3 & 0xfff != 0) {
+        return Err(GP0);
+    }
+    let mode = PagingMode::from_registers(s.cr0, value, s.efer);
+    let reload = changed & (cr4::PAE | cr4::PGE | cr4::PSE | cr4::SMEP) != 0;
+    let pdptes = if mode == PagingMode::Pae && reload { Some(read_pdptes(v, s.cr3)?) } else { None };
+    let controls = Controls { cr0: v.state.cr0, cr4: value, efer: v.state.efer, pdptes };
+    set_controls(v, controls);
+    Ok(())
+}
+
+/// WRMSR to IA32_EFER.
+pub fn write_efer(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
+    let mut mask = efer::LMA;
+    for (bit, feature) in [(efer::SCE, Bit::Syscall), (efer::LME, Bit::Lm), (efer::NXE, Bit::Nx)] {
+        if v.model.has(feature) {
+            mask |= bit;
+        }
+    }
+    let s = &v.state;
+    if value & !mask != 0 || ((s.efer ^ value) & efer::LME != 0 && s.cr0 & cr0::PG != 0) {
+        return Err(GP0);
+    }
+    // LMA is the processor's to say.
+    let value = value & !efer::LMA | s.efer & efer::LMA;
+    let controls = Controls { cr0: s.cr0, cr4: s.cr4, efer: value, pdptes: None };
+    set_controls(v, controls);
+    Ok(())
+}
+
+/// LMSW: the low four bits of CR0; PE can be set, not cleared.
+pub fn lmsw(v: &mut Vcpu, value: u64) -> Helped {
+    privileged(v)?;
+    let keep_pe = v.state.cr0 & cr0::PE;
+    let value = v.state.cr0 & !0xf | value & 0xf | keep_pe;
+    write_cr0(v, value)?;
+    Ok(0)
+}
+
+/// CLTS.
+pub fn clts(v: &mut Vcpu) -> Helped {
+    privileged(v)?;
+    v.state.cr0 &= !cr0::TS;
+    Ok(0)
+}
+
+/// XGETBV: XCR0, or with ECX = 1 the components in use.
+pub fn xgetbv(v: &mut Vcpu) -> Helped {
+    let s = &v.state;
+    if s.cr4 & cr4::OSXSAVE == 0 {
+        return Err(UD);
+    }
+    match s.gpr[1] as u32 {
+        0 => Ok(s.xcr0),
+        // Nothing tracks which components hold initial values, so all that are enabled count as in use.
+        1 if v.model.has(Bit::Xgetbv1) => Ok(s.xcr0),
+        _ => Err(GP0),
+    }
+    .inspect(|value| set_edx_eax(v, *value))
+}
+
+/// XSETBV.
+pub fn xsetbv(v: &mut Vcpu) -> Helped {
+    if v.state.cr4 & cr4::OSXSAVE == 0 {
+        return Err(UD);
+    }
+    privileged(v)?;
+    let value = edx_eax(v);
+    let avx_without_sse = value & (xcr0::SSE | xcr0::AVX) == xcr0::AVX;
+    let bad = value & xcr0::X87 == 0 || value & !v.model.xcr0_mask() != 0 || avx_without_sse;
+    if v.state.gpr[1] as u32 != 0 || bad {
+        return Err(GP0);
+    }
+    v.state.xcr0 = value;
+    Ok(0)
+}
+
+/// EDX:EAX.
+pub(super) fn edx_eax(v: &Vcpu) -> u64 {
+    v.state.gpr[2] << 32 | v.state.gpr[0] & 0xffff_ffff
+}
+
+/// Sets RDX and RAX to the halves of a value.
+pub(super) fn set_edx_eax(v: &mut Vcpu, value: u64) {
+    v.state.gpr[0] = value & 0xffff_ffff;
+    v.state.gpr[2] = value >> 32;
+}
+
+// ---- protection keys --------------------------------------------------------------------------------------------------
+
+/// RDPKRU.
+pub fn rdpkru(v: &mut Vcpu) -> Helped {
+    if v.state.cr4 & cr4::PKE == 0 {
+        return Err(UD);
+    }
+    if v.state.gpr[1] as u32 != 0 {
+        return Err(GP0);
+    }
+    let pkru = u64::from(v.state.pkru);
+    set_edx_eax(v, pkru);
+    Ok(pkru)
+}
+
+/// WRPKRU.
+pub fn wrpkru(v: &mut Vcpu) -> Helped {
+    if v.state.cr4 & cr4::PKE == 0 {
+        return Err(UD);
+    }
+    if v.state.gpr[1] as u32 != 0 || v.state.gpr[2] as u32 != 0 {
+        return Err(GP0);
+    }
+    let value = v.state.gpr[0] as u32;
+    set_pkru(v, value);
+    Ok(0)
+}
+
+/// Sets PKRU (WRPKRU, XRSTOR).
+pub fn set_pkru(v: &mut Vcpu, value: u32) {
+    if v.state.pkru != value {
+        v.state.pkru = value;
+        v.space.pkru = value;
+        v.mmu.set_pkru(&v.space);
+    }
+}
+
+// ---- invalidation -----------------------------------------------------------------------------------------------------
+
+/// INVLPG. A non-canonical address does nothing.
+pub fn invlpg(v: &mut Vcpu, la: u64) -> Helped {
+    privileged(v)?;
+    if !is_long(&v.state) || is_canonical(&v.state, la) {
+        v.mmu.invlpg(&v.space, LinearAddr(la));
+    }
+    Ok(0)
+}
+
+/// INVPCID (SDM Vol 2A).
+pub fn invpcid(v: &mut Vcpu, kind: u64, la: u64) -> Helped {
+    use twofold_mmu::Invpcid;
+    privileged(v)?;
+    let low = v.read(LinearAddr(la), 8, MemAs::Cpl)?;
+    let address = v.read(LinearAddr(la.wrapping_add(8)), 8, MemAs::Cpl)?;
+    let pcid = low as u16 & 0xfff;
+    let pcids = v.state.cr4 & cr4::PCIDE != 0;
+    if kind <= 1 && (low >> 12 != 0 || (!pcids && pcid != 0)) {
+        return Err(GP0);
+    }
+    let what = match kind {
+        0 if is_canonical(&v.state, address) => Invpcid::Address { pcid, la: LinearAddr(address) },
+        1 => Invpcid::Context { pcid },
+        2 | 3 if low != 0 => return Err(GP0),
+        2 => Invpcid::AllWithGlobals,
+        3 => Invpcid::All,
+        _ => return Err(GP0),
+    };
+    v.mmu.invpcid(&v.space, what);
+    Ok(0)
+}
+
+// ---- reset ------------------------------------------------------------------------------------------------------------
+
+/// The registers after power-up or reset (SDM Vol 3A, "Processor State After Reset"); the platform resets its own part.
+pub fn reset(v: &mut Vcpu) {
+    let keep = (v.state.helpers, v.state.vcpu, v.state.retired, v.state.budget);
+    let s = &mut v.state;
+    s.gpr = [0; 16];
+    s.gpr[2] = u64::from(v.model.signature());
+    s.set_rflags(0);
+    s.rip = 0xfff0;
+    s.rip_base = 0;
+    for i in 0..6 {
+        s.seg[i] = Segment::real_mode(0, false);
+    }
+    s.seg[1] = Segment { base: 0xffff_0000, selector: 0xf000, ..Segment::real_mode(0, true) };
+    s.seg[6] = Segment { limit: 0xffff, attr: attr::P | 2, ..Segment::default() };
+    s.seg[TR] = Segment { limit: 0xffff, attr: attr::P | 11, ..Segment::default() };
+    s.gdtr = twofold_arch::state::Table { base: 0, limit: 0xffff };
+    s.idtr = twofold_arch::state::Table { base: 0, limit: 0xffff };
+    s.cr0 = cr0::CD | cr0::NW | cr0::ET;
+    (s.cr2, s.cr3, s.cr4, s.cr8) = (0, 0, 0, 0);
+    (s.efer, s.xcr0, s.xss, s.pkru, s.cpl) = (0, 1, 0, 0, 0);
+    s.dr = [0, 0, 0, 0, 0, 0, super::interrupt::dr6::FIXED1, 0x400];
+    s.msrs = twofold_arch::state::Msrs {
+        pat: super::msr::PAT_RESET,
+        misc_enable: super::msr::MISC_ENABLE_RESET,
+        ..Default::default()
+    };
+    (s.shadow, s.nmi_blocked, s.halted) = (0, 0, 0);
+    s.pdpte = [0; 4];
+    (s.mxcsr, s.fcw, s.fsw, s.ftw) = (0x1f80, 0x40, 0, 0);
+    s.vec = [[0; 4]; 16];
+    s.fpr = [[0; 2]; 8];
+    s.fault = Default::default();
+    (s.helpers, s.vcpu, s.retired, s.budget) = keep;
+    s.rflags_sys &= !rflags::RF;
+    v.cold = super::ColdState { cpus: v.cold.cpus, ..super::ColdState::new(v.cold.rng) };
+    v.space = AddressSpace::reset(v.model.phys_bits);
+    refresh_space(v);
+    let view = v.mmu.reset(&v.space);
+    view.store(&mut v.state);
+}

@@ -1,0 +1,608 @@
+//! CPU models: which features a processor has, what CPUID says about it, and how models are named on the command line.
+//!
+//! Place in the pipeline: made once from `--cpu`, shared by all processors. The front end asks `features` whether an
+//! instruction exists; CPUID, the control-register checks and the capability MSRs ask [`CpuModel::has`]. Invariant: both
+//! answers come from the same set of CPUID bits.
+
+use std::fmt::Write as _;
+
+use twofold_arch::cpuid::{Feature, Features};
+
+use crate::platform::clock::{BASE_MHZ, CRYSTAL_HZ, TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR};
+
+/// A register that CPUID fills.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+enum Reg {
+    A = 0,
+    B = 1,
+    C = 2,
+    D = 3,
+}
+
+/// Where a CPUID bit is: leaf, subleaf, register, bit.
+type Place = (u32, u32, Reg, u8);
+
+macro_rules! cpuid_bits {
+    ($($variant:ident $name:literal $leaf:literal $sub:literal $reg:ident $bit:literal $([$feature:ident])? $($max:ident)?;)*) => {
+        /// A feature bit of CPUID, by the name Linux and QEMU give it.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(u8)]
+        #[allow(missing_docs)]
+        pub enum Bit { $($variant),* }
+
+        struct Row {
+            bit: Bit,
+            name: &'static str,
+            place: Place,
+            feature: Option<Feature>,
+            in_max: bool,
+        }
+
+        const ROWS: &[Row] = &[$(Row {
+            bit: Bit::$variant,
+            name: $name,
+            place: ($leaf, $sub, Reg::$reg, $bit),
+            #[allow(unused_mut, unused_assignments)]
+            feature: { let mut f = None; $(f = Some(Feature::$feature);)? f },
+            #[allow(unused_mut, unused_assignments)]
+            in_max: { let mut m = false; $(m = stringify!($max).len() == 3;)? m },
+        }),*];
+    };
+}
+
+// Name, place, the front end's feature, and `max` when the model `max` has it.
+cpuid_bits! {
+    Fpu "fpu" 1 0 D 0 [X87] max;
+    Vme "vme" 1 0 D 1 max;
+    De "de" 1 0 D 2 max;
+    Pse "pse" 1 0 D 3 max;
+    Tsc "tsc" 1 0 D 4 max;
+    Msr "msr" 1 0 D 5 max;
+    Pae "pae" 1 0 D 6 max;
+    Mce "mce" 1 0 D 7 max;
+    Cx8 "cx8" 1 0 D 8 [Cx8] max;
+    Apic "apic" 1 0 D 9 max;
+    Sep "sep" 1 0 D 11 [Sysenter] max;
+    Mtrr "mtrr" 1 0 D 12 max;
+    Pge "pge" 1 0 D 13 max;
+    Mca "mca" 1 0 D 14 max;
+    Cmov "cmov" 1 0 D 15 [Cmov] max;
+    Pat "pat" 1 0 D 16 max;
+    Pse36 "pse36" 1 0 D 17 max;
+    Clflush "clflush" 1 0 D 19 [Clflush] max;
+    Mmx "mmx" 1 0 D 23 [Mmx] max;
+    Fxsr "fxsr" 1 0 D 24 [Fxsr] max;
+    Sse "sse" 1 0 D 25 [Sse] max;
+    Sse2 "sse2" 1 0 D 26 [Sse2] max;
+    Ss "ss" 1 0 D 27 max;
+    Pni "sse3" 1 0 C 0 [Sse3] max;
+    Pclmulqdq "pclmulqdq" 1 0 C 1 [Pclmulqdq];
+    Monitor "monitor" 1 0 C 3 [Monitor];
+    Ssse3 "ssse3" 1 0 C 9 [Ssse3] max;
+    Cx16 "cx16" 1 0 C 13 [Cx16] max;
+    Pcid "pcid" 1 0 C 17 max;
+    Sse41 "sse4.1" 1 0 C 19 [Sse41] max;
+    Sse42 "sse4.2" 1 0 C 20 [Sse42] max;
+    X2apic "x2apic" 1 0 C 21 max;
+    Movbe "movbe" 1 0 C 22 [Movbe] max;
+    Popcnt "popcnt" 1 0 C 23 [Popcnt] max;
+    TscDeadline "tsc-deadline" 1 0 C 24 max;
+    Aes "aes" 1 0 C 25 [Aes];
+    Xsave "xsave" 1 0 C 26 [Xsave] max;
+    Rdrand "rdrand" 1 0 C 30 [Rdrand] max;
+    Hypervisor "hypervisor" 1 0 C 31 max;
+    Arat "arat" 6 0 A 2 max;
+    Fsgsbase "fsgsbase" 7 0 B 0 [Fsgsbase] max;
+    TscAdjust "tsc-adjust" 7 0 B 1 max;
+    Bmi1 "bmi1" 7 0 B 3 [Bmi1] max;
+    FdpExcptnOnly "fdp-excptn-only" 7 0 B 6;
+    Smep "smep" 7 0 B 7 [Smep] max;
+    Bmi2 "bmi2" 7 0 B 8 [Bmi2] max;
+    Erms "erms" 7 0 B 9 max;
+    Invpcid "invpcid" 7 0 B 10 [Invpcid] max;
+    ZeroFcsFds "zero-fcs-fds" 7 0 B 13 max;
+    Rdseed "rdseed" 7 0 B 18 [Rdseed] max;
+    Adx "adx" 7 0 B 19 [Adx] max;
+    Smap "smap" 7 0 B 20 [Smap] max;
+    Clflushopt "clflushopt" 7 0 B 23 [Clflushopt] max;
+    Clwb "clwb" 7 0 B 24 [Clwb] max;
+    Sha "sha" 7 0 B 29 [Sha];
+    Umip "umip" 7 0 C 2 [Umip] max;
+    Pku "pku" 7 0 C 3 [Pku] max;
+    La57 "la57" 7 0 C 16 max;
+    Rdpid "rdpid" 7 0 C 22 [Rdpid] max;
+    Movdiri "movdiri" 7 0 C 27 [Movdiri];
+    Movdir64b "movdir64b" 7 0 C 28 [Movdir64b];
+    Fsrm "fsrm" 7 0 D 4 [Fsrm] max;
+    Serialize "serialize" 7 0 D 14 [Serialize];
+    SpecCtrl "spec-ctrl" 7 0 D 26 max;
+    FlushL1d "flush-l1d" 7 0 D 28 max;
+    ArchCapabilities "arch-capabilities" 7 0 D 29 max;
+    Xsaveopt "xsaveopt" 0xd 1 A 0 [Xsaveopt] max;
+    Xsavec "xsavec" 0xd 1 A 1 [Xsavec] max;
+    Xgetbv1 "xgetbv1" 0xd 1 A 2 max;
+    Xsaves "xsaves" 0xd 1 A 3 [Xsaves] max;
+    LahfLm "lahf-lm" 0x8000_0001 0 C 0 [LahfLm] max;
+    Lzcnt "lzcnt" 0x8000_0001 0 C 5 [Lzcnt] max;
+    Prefetchw "prefetchw" 0x8000_0001 0 C 8 [Prefetchw] max;
+    Syscall "syscall" 0x8000_0001 0 D 11 [Syscall] max;
+    Nx "nx" 0x8000_0001 0 D 20 [Nx] max;
+    Pdpe1gb "pdpe1gb" 0x8000_0001 0 D 26 max;
+    Rdtscp "rdtscp" 0x8000_0001 0 D 27 [Rdtscp] max;
+    Lm "lm" 0x8000_0001 0 D 29 [LongMode] max;
+    InvariantTsc "invtsc" 0x8000_0007 0 D 8 max;
+}
+
+const _: () = assert!(ROWS.len() <= 128);
+
+/// Highest basic leaf.
+const MAX_LEAF: u32 = 0x1f;
+/// Highest extended leaf.
+const MAX_EXTENDED_LEAF: u32 = 0x8000_0008;
+/// What leaf 0x40000000 answers in EBX, ECX, EDX.
+const HYPERVISOR_SIGNATURE: &[u8; 12] = b"twofold\0\0\0\0\0";
+
+/// IA32_ARCH_CAPABILITIES: translated code does not run ahead of what the guest's program says, so the guest need not
+/// defend itself: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO,
+/// PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+pub const ARCH_CAPABILITIES: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+
+/// The part of a processor's state that CPUID shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CpuidState {
+    /// (x2)APIC ID.
+    pub apic_id: u32,
+    /// Number of processors of the machine.
+    pub cpus: u32,
+    /// CR4.
+    pub cr4: u64,
+    /// XCR0.
+    pub xcr0: u64,
+}
+
+/// A CPU model.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CpuModel {
+    /// What it was asked for as: `max`, `max,-la57`, …
+    pub name: String,
+    /// Display family.
+    pub family: u32,
+    /// Display model.
+    pub model: u32,
+    /// Stepping.
+    pub stepping: u32,
+    /// Features that decide whether an instruction exists.
+    pub features: Features,
+    /// MAXPHYADDR.
+    pub phys_bits: u8,
+    /// The CPUID feature bits, by row.
+    bits: u128,
+}
+
+/// The models there are, with a line for people.
+const MODELS: &[(&str, &str)] = &[
+    ("max", "every feature twofold implements, with an Ice Lake server's signature"),
+    ("base", "x86-64 as it was at first: SSE2, NX, no feature that came later"),
+];
+
+/// What `base` has.
+const BASE: &[Bit] = {
+    use Bit::*;
+    &[
+        Fpu,
+        Vme,
+        De,
+        Pse,
+        Tsc,
+        Msr,
+        Pae,
+        Mce,
+        Cx8,
+        Apic,
+        Sep,
+        Mtrr,
+        Pge,
+        Mca,
+        Cmov,
+        Pat,
+        Pse36,
+        Clflush,
+        Mmx,
+        Fxsr,
+        Sse,
+        Sse2,
+        Ss,
+        Syscall,
+        Nx,
+        Lm,
+        Hypervisor,
+        Arat,
+        InvariantTsc,
+        SpecCtrl,
+        ArchCapabilities,
+        TscDeadline,
+    ]
+};
+
+impl Default for CpuModel {
+    fn default() -> Self {
+        Self::max()
+    }
+}
+
+impl CpuModel {
+    /// The model `max`.
+    #[must_use]
+    pub fn max() -> Self {
+        let bits = ROWS.iter().filter(|r| r.in_max).fold(0, |b, r| b | 1 << r.bit as u8);
+        Self::with_bits("max", bits)
+    }
+
+    fn with_bits(name: &str, bits: u128) -> Self {
+        let mut model = Self {
+            name: name.to_string(),
+            family: 6,
+            model: 0x6a,
+            stepping: 6,
+            features: Features::NONE,
+            phys_bits: 46,
+            bits,
+        };
+        model.derive();
+        model
+    }
+
+    /// Recomputes what follows from the bits, after dropping bits that need another one that is absent.
+    fn derive(&mut self) {
+        use Bit::*;
+        let needs: &[(Bit, Bit)] = &[
+            (Sse, Fxsr),
+            (Sse2, Sse),
+            (Pni, Sse2),
+            (Ssse3, Pni),
+            (Sse41, Ssse3),
+            (Sse42, Sse41),
+            (Aes, Sse2),
+            (Pclmulqdq, Sse2),
+            (Sha, Sse2),
+            (Xsaveopt, Xsave),
+            (Xsavec, Xsave),
+            (Xgetbv1, Xsave),
+            (Xsaves, Xsavec),
+            (Pcid, Lm),
+            (La57, Lm),
+            (Pdpe1gb, Lm),
+            (Invpcid, Pcid),
+            (X2apic, Apic),
+            (TscDeadline, Apic),
+        ];
+        for (bit, need) in needs {
+            if !self.has(*need) {
+                self.bits &= !(1 << *bit as u8);
+            }
+        }
+        self.features = ROWS
+            .iter()
+            .filter(|r| self.has(r.bit))
+            .filter_map(|r| r.feature)
+            .fold(Features::NONE, |set, feature| set.with(feature));
+    }
+
+    /// Whether CPUID shows `bit`.
+    #[must_use]
+    #[inline]
+    pub const fn has(&self, bit: Bit) -> bool {
+        self.bits >> bit as u8 & 1 != 0
+    }
+
+    /// The model with or without `bit`.
+    #[must_use]
+    pub fn set(mut self, bit: Bit, on: bool) -> Self {
+        self.bits = if on { self.bits | 1 << bit as u8 } else { self.bits & !(1 << bit as u8) };
+        self.derive();
+        self
+    }
+
+    /// The model that `MODEL[,+feature,-feature…]` names.
+    ///
+    /// # Errors
+    /// One line that says what is unknown and what to do.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',').map(str::trim);
+        let base = parts.next().unwrap_or_default();
+        let mut model = match base {
+            "max" | "host" | "qemu64" => Self::max(),
+            "base" => Self::with_bits("base", BASE.iter().fold(0, |b, bit| b | 1 << *bit as u8)),
+            _ => {
+                let names: Vec<&str> = MODELS.iter().map(|(n, _)| *n).collect();
+                return Err(format!("unknown CPU model '{base}'; choose one of: {}", names.join(", ")));
+            }
+        };
+        for part in parts.filter(|p| !p.is_empty()) {
+            let (on, name) = match (part.strip_prefix('+'), part.strip_prefix('-'), part.split_once('=')) {
+                (Some(name), _, _) => (true, name),
+                (_, Some(name), _) => (false, name),
+                (_, _, Some((name, "on"))) => (true, name),
+                (_, _, Some((name, "off"))) => (false, name),
+                _ => return Err(format!("CPU feature '{part}' needs a sign; write '+{part}' or '-{part}'")),
+            };
+            let Some(row) = ROWS.iter().find(|r| same_name(r.name, name)) else {
+                return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
+            };
+            if on && !Self::max().has(row.bit) {
+                return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
+            }
+            model.bits = if on { model.bits | 1 << row.bit as u8 } else { model.bits & !(1 << row.bit as u8) };
+            if on {
+                model.derive()
+            }
+        }
+        model.name = text.to_string();
+        model.derive();
+        Ok(model)
+    }
+
+    /// Names and descriptions of all models.
+    #[must_use]
+    pub fn list() -> &'static [(&'static str, &'static str)] {
+        MODELS
+    }
+
+    /// The names of the features the model has.
+    pub fn feature_names(&self) -> impl Iterator<Item = &'static str> + '_ {
+        ROWS.iter().filter(|r| self.has(r.bit)).map(|r| r.name)
+    }
+
+    /// The model for people: signature, widths, features present and absent.
+    #[must_use]
+    pub fn show(&self) -> String {
+        let mut out = String::new();
+        let _ = writeln!(out, "model      {}", self.name);
+        let _ = writeln!(
+            out,
+            "signature  GenuineIntel family {} model {} stepping {} ({:#x})",
+            self.family,
+            self.model,
+            self.stepping,
+            self.signature()
+        );
+        let _ = writeln!(out, "addresses  {} bits physical, {} bits linear", self.phys_bits, self.linear_bits());
+        let wrap = |out: &mut String, title: &str, names: Vec<&str>| {
+            let mut line = String::new();
+            let mut title = title;
+            for name in names {
+                if line.len() + name.len() > 98 {
+                    let _ = writeln!(out, "{title:<11}{}", line.trim_end());
+                    title = "";
+                    line.clear();
+                }
+                line.push_str(name);
+                line.push(' ');
+            }
+            if !line.is_empty() {
+                let _ = writeln!(out, "{title:<11}{}", line.trim_end());
+            }
+        };
+        wrap(&mut out, "features", self.feature_names().collect());
+        wrap(&mut out, "absent", ROWS.iter().filter(|r| !self.has(r.bit)).map(|r| r.name).collect());
+        let _ = writeln!(out, "MSR 0x10a  {ARCH_CAPABILITIES:#x} (IA32_ARCH_CAPABILITIES)");
+        out
+    }
+
+    /// CPUID.1:EAX.
+    #[must_use]
+    pub const fn signature(&self) -> u32 {
+        let (family, extended_family) = if self.family > 15 { (15, self.family - 15) } else { (self.family, 0) };
+        (self.stepping & 15)
+            | (self.model & 15) << 4
+            | family << 8
+            | (self.model >> 4 & 15) << 16
+            | extended_family << 20
+    }
+
+    /// Width of linear addresses that the CPU supports.
+    #[must_use]
+    pub const fn linear_bits(&self) -> u8 {
+        if self.has(Bit::La57) { 57 } else { 48 }
+    }
+
+    /// The XCR0 bits that may be set.
+    #[must_use]
+    pub const fn xcr0_mask(&self) -> u64 {
+        if self.has(Bit::Xsave) { 0b11 } else { 0 }
+    }
+
+    /// CPUID: EAX, EBX, ECX, EDX of a leaf (SDM Vol 2A, "CPUID—CPU Identification").
+    #[must_use]
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, state: &CpuidState) -> [u32; 4] {
+        let max_basic = if self.has(Bit::TscDeadline) { MAX_LEAF } else { 0x16 };
+        let leaf = match leaf {
+            0x4000_0000..=0x4fff_ffff if self.has(Bit::Hypervisor) => leaf,
+            0x8000_0000..=MAX_EXTENDED_LEAF => leaf,
+            n if n <= max_basic => n,
+            // "If a value entered for CPUID.EAX is higher than the maximum … the data for the highest basic leaf is returned".
+            _ => max_basic,
+        };
+        let mut regs = self.leaf(leaf, subleaf, max_basic, state);
+        for row in ROWS {
+            let (l, s, reg, bit) = row.place;
+            // Leaves 1, 6 and the extended ones ignore ECX.
+            if l == leaf && (s == subleaf || !matches!(l, 7 | 0xd)) && self.has(row.bit) {
+                regs[reg as usize] |= 1 << bit;
+            }
+        }
+        regs
+    }
+
+    /// What a leaf says besides feature bits.
+    fn leaf(&self, leaf: u32, subleaf: u32, max_basic: u32, state: &CpuidState) -> [u32; 4] {
+        use twofold_arch::control::cr4;
+        let cpus = state.cpus.max(1);
+        let ids = cpus.next_power_of_two();
+        match leaf {
+            0 => {
+                let [b, d, c] = words(b"GenuineIntel");
+                [max_basic, b, c, d]
+            }
+            1 => {
+                let ebx = state.apic_id << 24 | ids.min(255) << 16 | 8 << 8;
+                let ecx = if state.cr4 & cr4::OSXSAVE != 0 { 1 << 27 } else { 0 };
+                let edx = if cpus > 1 { 1 << 28 } else { 0 };
+                [self.signature(), ebx, ecx, edx]
+            }
+            // One descriptor: "use leaf 4".
+            2 => [0x00ff_ff01, 0, 0, 0],
+            4 => self.cache_leaf(subleaf, ids),
+            7 if subleaf == 0 => [0, 0, if state.cr4 & cr4::PKE != 0 { 1 << 4 } else { 0 }, 0],
+            0xb | 0x1f => topology_leaf(subleaf, state.apic_id, cpus),
+            0xd => self.xsave_leaf(subleaf),
+            0x15 => [TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR, CRYSTAL_HZ, 0],
+            0x16 => [BASE_MHZ, BASE_MHZ, (CRYSTAL_HZ / 1_000_000).max(1), 0],
+            0x4000_0000 => {
+                let [b, c, d] = words(HYPERVISOR_SIGNATURE);
+                [0x4000_0000, b, c, d]
+            }
+            0x8000_0000 => [MAX_EXTENDED_LEAF, 0, 0, 0],
+            0x8000_0002..=0x8000_0004 => {
+                let mut brand = [0u8; 48];
+                let text = b"twofold x86-64 processor";
+                brand[..text.len()].copy_from_slice(text);
+                let at = (leaf - 0x8000_0002) as usize * 16;
+                core::array::from_fn(|i| {
+                    let b = at + i * 4;
+                    u32::from_le_bytes([brand[b], brand[b + 1], brand[b + 2], brand[b + 3]])
+                })
+            }
+            // 64-byte lines, 8 ways (encoded 6), 1024 KiB.
+            0x8000_0006 => [0, 0, 1024 << 16 | 6 << 12 | 64, 0],
+            0x8000_0008 => [u32::from(self.phys_bits) | u32::from(self.linear_bits()) << 8, 0, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    /// Deterministic cache parameters: 32 KiB data, 32 KiB code, 1 MiB per core, 16 MiB shared.
+    fn cache_leaf(&self, subleaf: u32, ids: u32) -> [u32; 4] {
+        // (type, level, sets, ways, sharing)
+        let (kind, level, sets, ways, sharing) = match subleaf {
+            0 => (1, 1, 64, 8, 1),
+            1 => (2, 1, 64, 8, 1),
+            2 => (3, 2, 1024, 16, 1),
+            3 => (3, 3, 16384, 16, ids),
+            _ => return [0; 4],
+        };
+        let eax = kind | level << 5 | 1 << 8 | (sharing - 1) << 14 | (ids.min(64) - 1) << 26;
+        [eax, (ways - 1) << 22 | 63, sets - 1, 0]
+    }
+
+    fn xsave_leaf(&self, subleaf: u32) -> [u32; 4] {
+        // The legacy region and the header: x87 and SSE need no more, whatever XCR0 enables.
+        const SIZE: u32 = 512 + 64;
+        if !self.has(Bit::Xsave) {
+            return [0; 4];
+        }
+        match subleaf {
+            0 => [self.xcr0_mask() as u32, SIZE, SIZE, 0],
+            1 if self.has(Bit::Xsavec) => [0, SIZE, 0, 0],
+            _ => [0; 4],
+        }
+    }
+}
+
+/// Extended topology: one thread a core, all cores in one package.
+fn topology_leaf(subleaf: u32, apic_id: u32, cpus: u32) -> [u32; 4] {
+    let shift = cpus.next_power_of_two().trailing_zeros();
+    match subleaf {
+        0 => [0, 1, 1 << 8, apic_id],
+        1 => [shift, cpus, 2 << 8 | 1, apic_id],
+        n => [0, 0, n & 0xff, apic_id],
+    }
+}
+
+fn words(text: &[u8; 12]) -> [u32; 3] {
+    core::array::from_fn(|i| u32::from_le_bytes([text[i * 4], text[i * 4 + 1], text[i * 4 + 2], text[i * 4 + 3]]))
+}
+
+/// `-`, `_` and `.` in feature names are interchangeable or may be left out, case does not count.
+fn same_name(a: &str, b: &str) -> bool {
+    let plain = |s: &str| -> String {
+        s.chars().filter(|c| !matches!(c, '-' | '_' | '.')).map(|c| c.to_ascii_lowercase()).collect()
+    };
+    plain(a) == plain(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(cpus: u32) -> CpuidState {
+        CpuidState { apic_id: 0, cpus, cr4: 0, xcr0: 1 }
+    }
+
+    #[test]
+    fn max_is_genuine_intel_and_has_what_linux_wants() {
+        let m = CpuModel::max();
+        let [max, b, c, d] = m.cpuid(0, 0, &state(1));
+        assert!(max >= 0x16);
+        let text: Vec<u8> = [b, d, c].iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!(text, b"GenuineIntel");
+        assert_eq!(m.cpuid(1, 0, &state(1))[0], 0x606a6);
+        // CPUID.15H: crystal × numerator / denominator is the TSC's frequency.
+        let [den, num, hz, _] = m.cpuid(0x15, 0, &state(1));
+        assert_eq!(u64::from(hz) * u64::from(num) / u64::from(den), crate::platform::clock::TSC_HZ);
+        assert!(m.features.has(Feature::Cx16) && !m.features.has(Feature::Avx) && !m.features.has(Feature::Vmx));
+    }
+
+    #[test]
+    fn flags_are_parsed_and_refused_in_one_line() {
+        let m = CpuModel::parse("max,-la57,-pcid").unwrap();
+        assert!(!m.has(Bit::La57) && !m.has(Bit::Pcid) && !m.has(Bit::Invpcid));
+        assert_eq!(m.cpuid(0x8000_0008, 0, &state(1))[0] >> 8 & 0xff, 48);
+        assert!(CpuModel::parse("max,+sse4_2").is_ok());
+        for bad in ["pentium", "max,+avx9", "max,la57", "", "max,+sha"] {
+            let e = CpuModel::parse(bad).unwrap_err();
+            assert!(!e.contains('\n') && !e.is_empty(), "{e}");
+        }
+    }
+
+    #[test]
+    fn turning_a_feature_off_turns_off_what_needs_it() {
+        let m = CpuModel::parse("max,-xsave").unwrap();
+        assert!(!m.features.has(Feature::Xsaves));
+        assert_eq!(m.cpuid(0xd, 0, &state(1)), [0; 4]);
+    }
+
+    #[test]
+    fn dynamic_bits_follow_cr4() {
+        use twofold_arch::control::cr4;
+        let m = CpuModel::max();
+        let s = CpuidState { cr4: cr4::OSXSAVE | cr4::PKE, ..state(1) };
+        assert_ne!(m.cpuid(1, 0, &s)[2] & 1 << 27, 0);
+        assert_ne!(m.cpuid(7, 0, &s)[2] & 1 << 4, 0);
+        assert_eq!(m.cpuid(1, 0, &state(1))[2] & 1 << 27, 0);
+    }
+
+    #[test]
+    fn topology_of_three_processors() {
+        let m = CpuModel::max();
+        let s = CpuidState { apic_id: 2, ..state(3) };
+        assert_eq!(m.cpuid(0xb, 0, &s), [0, 1, 0x100, 2]);
+        assert_eq!(m.cpuid(0xb, 1, &s), [2, 3, 0x201, 2]);
+        let ebx = m.cpuid(1, 0, &s)[1];
+        assert_eq!((ebx >> 24, ebx >> 16 & 0xff), (2, 4));
+    }
+}

@@ -1,0 +1,693 @@
+//! Instructions too long for IR that are no transfers: division, BCD, wide compare-exchange, ports, flags, tables, debug
+//! registers, time, identification.
+//!
+//! Place in the pipeline: helpers. Invariant: registers and flags change only when nothing can fault any more.
+#![allow(unsafe_code)] // CMPXCHG8B and CMPXCHG16B on guest RAM are host atomics
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use twofold_arch::control::{cr4, rflags};
+use twofold_arch::segment::attr;
+use twofold_arch::{CcOp, Exception, LinearAddr, Vector};
+
+use super::Helped;
+use super::cpuid::{Bit, CpuidState};
+use super::far::{merge_flags, truncate};
+use super::interrupt::dr6;
+use super::mode::{TR, iopl, is_canonical, is_protected, is_v86};
+use super::segments::{GP0, UD};
+use super::stack::Stack;
+use super::task::read_tss;
+use crate::vcpu::{MemAs, Trap, Vcpu};
+
+const RAX: usize = 0;
+const RCX: usize = 1;
+const RDX: usize = 2;
+const RBX: usize = 3;
+const RBP: usize = 5;
+
+/// #DE.
+const DE: Trap = Trap::Exception(Exception::DE);
+
+/// Sets the arithmetic flags of `mask` from `image`; the others stay.
+fn set_arith(v: &mut Vcpu, image: u64, mask: u64) {
+    let s = &mut v.state;
+    let kept = if mask == rflags::ARITH { 0 } else { s.rflags() & rflags::ARITH & !mask };
+    s.cc_op = u32::from(CcOp::FLAGS.0);
+    s.cc_src = kept | image & mask;
+}
+
+/// Writes the accumulator and rDX of an operand size: two bytes keep what is above, four clear it.
+fn put(v: &mut Vcpu, reg: usize, log2: u64, value: u64) {
+    let old = v.state.gpr[reg];
+    v.state.gpr[reg] = match log2 {
+        0 => old & !0xff | value & 0xff,
+        1 => old & !0xffff | value & 0xffff,
+        2 => value & 0xffff_ffff,
+        _ => value,
+    };
+}
+
+// ---- division ---------------------------------------------------------------------------------------------------------
+
+/// DIV.
+pub fn div(v: &mut Vcpu, divisor: u64, log2: u64) -> Helped {
+    let (a, d) = (v.state.gpr[RAX], v.state.gpr[RDX]);
+    let divisor = truncate(divisor, log2);
+    if divisor == 0 {
+        return Err(DE);
+    }
+    let (quotient, remainder) = match log2 {
+        0 => ((a & 0xffff) / divisor, (a & 0xffff) % divisor),
+        1 | 2 => {
+            let bits = 8 << log2;
+            let n = truncate(d, log2) << bits | truncate(a, log2);
+            (n / divisor, n % divisor)
+        }
+        _ if d == 0 => (a / divisor, a % divisor),
+        _ if d >= divisor => return Err(DE),
+        _ => {
+            let n = u128::from(d) << 64 | u128::from(a);
+            let divisor = u128::from(divisor);
+            ((n / divisor) as u64, (n % divisor) as u64)
+        }
+    };
+    if truncate(quotient, log2) != quotient {
+        return Err(DE);
+    }
+    put_quotient(v, log2, quotient, remainder);
+    Ok(0)
+}
+
+/// IDIV.
+pub fn idiv(v: &mut Vcpu, divisor: u64, log2: u64) -> Helped {
+    let (a, d) = (v.state.gpr[RAX], v.state.gpr[RDX]);
+    let (n, divisor) = match log2 {
+        0 => (i128::from(a as i16), i128::from(divisor as i8)),
+        1 => (i128::from((d << 16 | a & 0xffff) as i32), i128::from(divisor as i16)),
+        2 => (i128::from((d << 32 | a & 0xffff_ffff) as i64), i128::from(divisor as i32)),
+        _ => ((i128::from(d as i64) << 64) | i128::from(a), i128::from(divisor as i64)),
+    };
+    // Most quotients of 64 bits fit a machine division.
+    let (quotient, remainder) = match (i64::try_from(n), divisor as i64) {
+        (_, 0) => return Err(DE),
+        (Ok(n), divisor) if divisor != -1 => (i128::from(n / divisor), n % divisor),
+        _ => {
+            let quotient = n.checked_div(divisor).ok_or(DE)?;
+            (quotient, n.checked_rem(divisor).ok_or(DE)? as i64)
+        }
+    };
+    let half = 1i128 << ((8 << log2.min(3)) - 1);
+    if quotient < -half || quotient >= half {
+        return Err(DE);
+    }
+    put_quotient(v, log2, quotient as u64, remainder as u64);
+    Ok(0)
+}
+
+fn put_quotient(v: &mut Vcpu, log2: u64, quotient: u64, remainder: u64) {
+    if log2 == 0 {
+        put(v, RAX, 1, quotient & 0xff | (remainder & 0xff) << 8);
+    } else {
+        put(v, RAX, log2, quotient);
+        put(v, RDX, log2, remainder);
+    }
+}
+
+// ---- rotates through carry, BCD ---------------------------------------------------------------------------------------
+
+/// RCL and RCR: the rotated value; CF and OF set.
+pub fn rotate_carry(v: &mut Vcpu, value: u64, count: u64, how: u64) -> Helped {
+    let log2 = how & 3;
+    let right = how >> 8 & 1 != 0;
+    let bits = 8u32 << log2;
+    let value = truncate(value, log2);
+    let count = count as u32 & if bits == 64 { 63 } else { 31 };
+    if count == 0 {
+        return Ok(value);
+    }
+    let flags = v.state.rflags();
+    let count = count % (bits + 1);
+    // The value with CF on top, bits + 1 wide.
+    let wide = u128::from(flags & rflags::CF) << bits | u128::from(value);
+    let mask = (1u128 << (bits + 1)) - 1;
+    let left = if right { bits + 1 - count } else { count };
+    let rotated = if left == 0 || left == bits + 1 { wide } else { (wide << left | wide >> (bits + 1 - left)) & mask };
+    let result = truncate(rotated as u64, log2);
+    let carry = (rotated >> bits) as u64 & 1;
+    let top = result >> (bits - 1) & 1;
+    let overflow = if right { top ^ result >> (bits - 2) & 1 } else { top ^ carry };
+    let image = carry | if overflow != 0 { rflags::OF } else { 0 };
+    set_arith(v, image, rflags::CF | rflags::OF);
+    Ok(result)
+}
+
+/// SF, ZF and PF of a byte.
+fn szp(al: u8) -> u64 {
+    twofold_arch::flags::arith_flags(CcOp::new(twofold_arch::CcKind::Logic, 0), u64::from(al), 0, 0)
+}
+
+/// DAA, DAS, AAA, AAS, AAM, AAD by `kind` 0..=5.
+pub fn bcd(v: &mut Vcpu, kind: u64, imm: u64) -> Helped {
+    let flags = v.state.rflags();
+    let (cf, af) = (flags & rflags::CF != 0, flags & rflags::AF != 0);
+    let ax = v.state.gpr[RAX] as u16;
+    let (al, ah) = (ax as u8, (ax >> 8) as u8);
+    let low_adjust = al & 0xf > 9 || af;
+    let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+    let (ax, image) = match kind {
+        0 | 1 => {
+            let high_adjust = al > 0x99 || cf;
+            let mut by = 0u8;
+            if low_adjust {
+                by = 6;
+            }
+            if high_adjust {
+                by = by.wrapping_add(0x60);
+            }
+            let borrow = kind == 1 && low_adjust && al < 6;
+            let r = if kind == 0 { al.wrapping_add(by) } else { al.wrapping_sub(by) };
+            let image = szp(r) | flag(high_adjust || borrow, rflags::CF) | flag(low_adjust, rflags::AF);
+            (u16::from(ah) << 8 | u16::from(r), image)
+        }
+        2 | 3 => {
+            let r = match (low_adjust, kind) {
+                (false, _) => ax,
+                (true, 2) => ax.wrapping_add(0x106),
+                (true, _) => ax.wrapping_sub(6).wrapping_sub(0x100),
+            };
+            let r = r & 0xff0f;
+            (r, szp(r as u8) | flag(low_adjust, rflags::CF | rflags::AF))
+        }
+        4 => {
+            let base = imm as u8;
+            if base == 0 {
+                return Err(DE);
+            }
+            let (q, r) = (al / base, al % base);
+            (u16::from(q) << 8 | u16::from(r), szp(r))
+        }
+        _ => {
+            let r = al.wrapping_add(ah.wrapping_mul(imm as u8));
+            (u16::from(r), szp(r))
+        }
+    };
+    put(v, RAX, 1, u64::from(ax));
+    set_arith(v, image, rflags::ARITH);
+    Ok(0)
+}
+
+// ---- bit manipulation (pure) --------------------------------------------------------------------------------------------
+
+const CRC32C: [u32; 256] = {
+    let mut table = [0u32; 256];
+    let mut i = 0;
+    while i < 256 {
+        let mut c = i as u32;
+        let mut k = 0;
+        while k < 8 {
+            c = if c & 1 != 0 { c >> 1 ^ 0x82f6_3b78 } else { c >> 1 };
+            k += 1;
+        }
+        table[i] = c;
+        i += 1;
+    }
+    table
+};
+
+/// CRC32: the CRC-32C of `1 << log2` bytes of `value`.
+#[must_use]
+pub fn crc32(crc: u64, value: u64, log2: u64) -> u64 {
+    let bytes = value.to_le_bytes();
+    let crc = bytes[..1 << log2.min(3)].iter().fold(crc as u32, |c, &b| CRC32C[usize::from(c as u8 ^ b)] ^ c >> 8);
+    u64::from(crc)
+}
+
+/// PDEP.
+#[must_use]
+pub fn pdep(value: u64, mask: u64) -> u64 {
+    let (mut r, mut m, mut value) = (0, mask, value);
+    while m != 0 {
+        if value & 1 != 0 {
+            r |= m & m.wrapping_neg();
+        }
+        value >>= 1;
+        m &= m - 1;
+    }
+    r
+}
+
+/// PEXT.
+#[must_use]
+pub fn pext(value: u64, mask: u64) -> u64 {
+    let (mut r, mut m, mut bit) = (0, mask, 1u64);
+    while m != 0 {
+        if value & m & m.wrapping_neg() != 0 {
+            r |= bit;
+        }
+        bit <<= 1;
+        m &= m - 1;
+    }
+    r
+}
+
+/// RDRAND and RDSEED: a value, with CF set and the other flags clear. SplitMix64 from the vCPU's seed: the same seed makes
+/// the same run.
+pub fn random(v: &mut Vcpu, log2: u64) -> Helped {
+    v.cold.rng = v.cold.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = v.cold.rng;
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    set_arith(v, rflags::CF, rflags::ARITH);
+    Ok(truncate(z, log2))
+}
+
+// ---- wide compare and exchange ------------------------------------------------------------------------------------------
+
+/// CMPXCHG8B; always atomic when aligned.
+pub fn cmpxchg8b(v: &mut Vcpu, la: u64) -> Helped {
+    let g = &v.state.gpr;
+    let expected = g[RDX] << 32 | g[RAX] & 0xffff_ffff;
+    let new = g[RCX] << 32 | g[RBX] & 0xffff_ffff;
+    let at = LinearAddr(la);
+    let old = match v.host_span(at, true, MemAs::Cpl)? {
+        Some((p, _)) if la & 7 == 0 => {
+            // SAFETY: eight aligned bytes of guest RAM, as `host_span` says.
+            let cell = unsafe { AtomicU64::from_ptr(p.cast()) };
+            match cell.compare_exchange(expected, new, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(old) | Err(old) => old,
+            }
+        }
+        _ => {
+            let mut b = [0; 8];
+            v.read_bytes(at, &mut b, MemAs::Cpl)?;
+            let old = u64::from_le_bytes(b);
+            let value = if old == expected { new } else { old };
+            v.write_bytes(at, &value.to_le_bytes(), MemAs::Cpl)?;
+            old
+        }
+    };
+    let equal = old == expected;
+    if !equal {
+        v.state.gpr[RAX] = old & 0xffff_ffff;
+        v.state.gpr[RDX] = old >> 32;
+    }
+    set_arith(v, if equal { rflags::ZF } else { 0 }, rflags::ZF);
+    Ok(0)
+}
+
+/// CMPXCHG16B.
+pub fn cmpxchg16b(v: &mut Vcpu, la: u64) -> Helped {
+    if la & 15 != 0 {
+        return Err(GP0);
+    }
+    let g = &v.state.gpr;
+    let expected = u128::from(g[RDX]) << 64 | u128::from(g[RAX]);
+    let new = u128::from(g[RCX]) << 64 | u128::from(g[RBX]);
+    let at = LinearAddr(la);
+    let old = match v.host_span(at, true, MemAs::Cpl)? {
+        Some((p, _)) => {
+            // SAFETY: sixteen aligned bytes of guest RAM, as `host_span` says.
+            unsafe { exchange_128(p.cast(), expected, new) }
+        }
+        None => {
+            let mut b = [0; 16];
+            v.read_bytes(at, &mut b, MemAs::Cpl)?;
+            let old = u128::from_le_bytes(b);
+            let value = if old == expected { new } else { old };
+            v.write_bytes(at, &value.to_le_bytes(), MemAs::Cpl)?;
+            old
+        }
+    };
+    let equal = old == expected;
+    if !equal {
+        v.state.gpr[RAX] = old as u64;
+        v.state.gpr[RDX] = (old >> 64) as u64;
+    }
+    set_arith(v, if equal { rflags::ZF } else { 0 }, rflags::ZF);
+    Ok(0)
+}
+
+/// Compares and exchanges 16 bytes; what was there.
+///
+/// # Safety
+/// `p` points to 16 aligned bytes that stay valid.
+unsafe fn exchange_128(p: *mut u128, expected: u128, new: u128) -> u128 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        // SAFETY: the host has the instruction; the rest is the caller's.
+        return unsafe { core::arch::x86_64::cmpxchg16b(p, expected, new, Ordering::SeqCst, Ordering::SeqCst) };
+    }
+    // Hosts without a 16-byte exchange: atomic only against this same function.
+    static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _guard = LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // SAFETY: says the caller.
+    unsafe {
+        let old = p.read();
+        if old == expected {
+            p.write(new);
+        }
+        old
+    }
+}
+
+// ---- ENTER, BOUND -------------------------------------------------------------------------------------------------------
+
+/// ENTER (SDM Vol 2A).
+pub fn enter(v: &mut Vcpu, frame: u64, level: u64, log2: u64) -> Helped {
+    let bytes = 1u32 << log2.clamp(1, 3);
+    let level = level & 31;
+    let mut stack = Stack::current(&v.state);
+    let bp = v.state.gpr[RBP];
+    stack.push(v, bytes, bp)?;
+    let frame_pointer = stack.sp;
+    if level > 0 {
+        let mut display = stack;
+        display.sp = bp;
+        for _ in 1..level {
+            display.sp = display.moved(0u64.wrapping_sub(u64::from(bytes)));
+            let value = display.peek(v, 0, bytes)?;
+            stack.push(v, bytes, value)?;
+        }
+        stack.push(v, bytes, frame_pointer)?;
+    }
+    stack.sp = stack.moved(0u64.wrapping_sub(frame));
+    stack.check_write(v, bytes)?;
+    put(v, RBP, log2.clamp(1, 3), frame_pointer);
+    stack.commit(&mut v.state);
+    Ok(0)
+}
+
+/// BOUND.
+pub fn bound(v: &mut Vcpu, index: u64, la: u64, log2: u64) -> Helped {
+    let bytes = 1u32 << log2.clamp(1, 2);
+    let signed = |x: u64| if bytes == 2 { i64::from(x as i16) } else { i64::from(x as i32) };
+    let lower = signed(v.read(LinearAddr(la), bytes, MemAs::Cpl)?);
+    let upper = signed(v.read(LinearAddr(la.wrapping_add(u64::from(bytes))), bytes, MemAs::Cpl)?);
+    let index = signed(index);
+    if index < lower || index > upper {
+        return Err(Exception::new(Vector::BoundRange).into());
+    }
+    Ok(0)
+}
+
+/// #AC when `la` is not aligned for an access of `bytes`.
+pub fn align_check(la: u64, bytes: u64) -> Helped {
+    let n = bytes.max(1).next_power_of_two();
+    if la & (n - 1) != 0 { Err(Exception::with_error(Vector::AlignmentCheck, 0).into()) } else { Ok(0) }
+}
+
+// ---- ports --------------------------------------------------------------------------------------------------------------
+
+/// Whether the program may access the port (SDM Vol 1, "I/O Privilege Level" and "I/O Permission Bit Map").
+pub(super) fn check_io(v: &mut Vcpu, port: u16, bytes: u32) -> Result<(), Trap> {
+    let s = &v.state;
+    if !is_v86(s) && (!is_protected(s) || s.cpl <= iopl(s)) {
+        return Ok(());
+    }
+    let tss = s.seg[TR];
+    if tss.attr & (attr::UNUSABLE | 8) != 8 {
+        return Err(GP0);
+    }
+    let map = read_tss(v, &tss, 102, 2, GP0)? as u32;
+    let bits = read_tss(v, &tss, map + u32::from(port >> 3), 2, GP0)?;
+    let wanted = (1u64 << bytes) - 1;
+    if bits >> (port & 7) & wanted != 0 { Err(GP0) } else { Ok(()) }
+}
+
+/// IN.
+pub fn port_in(v: &mut Vcpu, port: u64, bytes: u64) -> Helped {
+    check_io(v, port as u16, bytes as u32 & 7)?;
+    Ok(u64::from(v.io_read(port as u16, bytes as u8)))
+}
+
+/// OUT.
+pub fn port_out(v: &mut Vcpu, port: u64, bytes: u64, value: u64) -> Helped {
+    check_io(v, port as u16, bytes as u32 & 7)?;
+    v.io_write(port as u16, bytes as u8, value as u32);
+    Ok(0)
+}
+
+// ---- flags --------------------------------------------------------------------------------------------------------------
+
+/// POPF: sets what the privilege level lets it set.
+pub fn popf(v: &mut Vcpu, value: u64, log2: u64) -> Helped {
+    let s = &mut v.state;
+    let mut mask = rflags::ARITH | rflags::TF | rflags::DF | rflags::NT;
+    let mut image = value;
+    if is_v86(s) && iopl(s) != 3 {
+        if s.cr4 & cr4::VME == 0 || log2 != 1 {
+            return Err(GP0);
+        }
+        let wants_if = value & rflags::IF != 0;
+        if (wants_if && s.rflags_sys & rflags::VIP != 0) || value & rflags::TF != 0 {
+            return Err(GP0);
+        }
+        image = value & !rflags::VIF | if wants_if { rflags::VIF } else { 0 };
+        mask |= rflags::VIF;
+    } else {
+        if s.cpl <= iopl(s) {
+            mask |= rflags::IF;
+        }
+        if s.cpl == 0 {
+            mask |= rflags::IOPL;
+        }
+        if log2 != 1 {
+            mask |= rflags::AC | rflags::ID;
+        }
+    }
+    merge_flags(s, image, mask);
+    Ok(0)
+}
+
+/// PUSHF: the image to push.
+pub fn pushf(v: &mut Vcpu, log2: u64) -> Helped {
+    let s = &v.state;
+    let image = s.rflags() & !(rflags::RF | rflags::VM);
+    if is_v86(s) && iopl(s) != 3 {
+        if s.cr4 & cr4::VME == 0 || log2 != 1 {
+            return Err(GP0);
+        }
+        let virtual_if = if image & rflags::VIF != 0 { rflags::IF } else { 0 };
+        return Ok(image & !rflags::IF | rflags::IOPL | virtual_if);
+    }
+    Ok(image)
+}
+
+/// Which interrupt flag CLI and STI may change.
+fn interrupt_flag(v: &Vcpu) -> Result<u64, Trap> {
+    let s = &v.state;
+    if s.cpl <= iopl(s) || !(is_protected(s) || is_v86(s)) {
+        return Ok(rflags::IF);
+    }
+    let virtual_allowed = if is_v86(s) { s.cr4 & cr4::VME != 0 } else { s.cr4 & cr4::PVI != 0 && s.cpl == 3 };
+    if virtual_allowed { Ok(rflags::VIF) } else { Err(GP0) }
+}
+
+/// CLI.
+pub fn cli(v: &mut Vcpu) -> Helped {
+    v.state.rflags_sys &= !interrupt_flag(v)?;
+    Ok(0)
+}
+
+/// STI: the next instruction still runs with interrupts held off.
+pub fn sti(v: &mut Vcpu) -> Helped {
+    let flag = interrupt_flag(v)?;
+    let s = &mut v.state;
+    if flag == rflags::VIF && s.rflags_sys & rflags::VIP != 0 {
+        return Err(GP0);
+    }
+    if flag == rflags::IF && s.rflags_sys & rflags::IF == 0 {
+        s.shadow |= 1;
+    }
+    s.rflags_sys |= flag;
+    Ok(0)
+}
+
+/// CLAC and STAC.
+pub fn set_ac(v: &mut Vcpu, set: bool) -> Helped {
+    if v.state.cpl != 0 || is_v86(&v.state) {
+        return Err(UD);
+    }
+    if set {
+        v.state.rflags_sys |= rflags::AC;
+    } else {
+        v.state.rflags_sys &= !rflags::AC;
+    }
+    Ok(0)
+}
+
+/// HLT.
+pub fn hlt(v: &mut Vcpu) -> Helped {
+    if v.state.cpl != 0 {
+        return Err(GP0);
+    }
+    v.state.halted = 1;
+    Ok(0)
+}
+
+// ---- tables -------------------------------------------------------------------------------------------------------------
+
+/// LGDT and LIDT; `base_bytes` is 3, 4 or 8.
+pub fn load_table(v: &mut Vcpu, la: u64, idt: bool, base_bytes: u64) -> Helped {
+    if v.state.cpl != 0 || is_v86(&v.state) {
+        return Err(GP0);
+    }
+    let limit = v.read(LinearAddr(la), 2, MemAs::Cpl)?;
+    let bytes = if base_bytes == 8 { 8 } else { 4 };
+    let mut base = v.read(LinearAddr(la.wrapping_add(2)), bytes, MemAs::Cpl)?;
+    if base_bytes == 3 {
+        base &= 0xff_ffff;
+    }
+    if base_bytes == 8 && !is_canonical(&v.state, base) {
+        return Err(GP0);
+    }
+    let table = twofold_arch::state::Table { base, limit };
+    if idt {
+        v.state.idtr = table;
+    } else {
+        v.state.gdtr = table;
+    }
+    Ok(0)
+}
+
+/// UMIP: system-table reads are for CPL 0.
+fn check_umip(v: &Vcpu) -> Result<(), Trap> {
+    if v.state.cr4 & cr4::UMIP != 0 && v.state.cpl > 0 { Err(GP0) } else { Ok(()) }
+}
+
+/// SGDT and SIDT; `base_bytes` is 4 or 8.
+pub fn store_table(v: &mut Vcpu, la: u64, idt: bool, base_bytes: u64) -> Helped {
+    check_umip(v)?;
+    let table = if idt { v.state.idtr } else { v.state.gdtr };
+    let mut image = [0; 10];
+    image[..2].copy_from_slice(&(table.limit as u16).to_le_bytes());
+    image[2..].copy_from_slice(&table.base.to_le_bytes());
+    let bytes = if base_bytes == 8 { 10 } else { 6 };
+    v.write_bytes(LinearAddr(la), &image[..bytes], MemAs::Cpl)?;
+    Ok(0)
+}
+
+/// SLDT, STR, SMSW by `what` 0..=2: the value.
+pub fn store_system(v: &mut Vcpu, what: u64) -> Helped {
+    if what < 2 && !is_protected(&v.state) {
+        return Err(UD);
+    }
+    check_umip(v)?;
+    Ok(match what {
+        0 => u64::from(v.state.seg[6].selector),
+        1 => u64::from(v.state.seg[TR].selector),
+        _ => v.state.cr0,
+    })
+}
+
+// ---- debug registers ------------------------------------------------------------------------------------------------------
+
+/// The register a number names: 4 and 5 are 6 and 7 unless CR4.DE.
+fn debug_register(v: &mut Vcpu, number: u64) -> Result<usize, Trap> {
+    let number = number as usize & 15;
+    let number = match number {
+        0..=3 | 6 | 7 => number,
+        4 | 5 if v.state.cr4 & cr4::DE == 0 => number + 2,
+        _ => return Err(UD),
+    };
+    if v.state.cpl != 0 {
+        return Err(GP0);
+    }
+    if v.state.dr[7] & 1 << 13 != 0 {
+        v.state.dr[6] |= dr6::BD;
+        v.state.dr[7] &= !(1 << 13);
+        return Err(Exception::new(Vector::Debug).into());
+    }
+    Ok(number)
+}
+
+/// MOV from DRn.
+pub fn read_dr(v: &mut Vcpu, number: u64) -> Helped {
+    let n = debug_register(v, number)?;
+    Ok(v.state.dr[n])
+}
+
+/// MOV to DRn.
+pub fn write_dr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
+    let n = debug_register(v, number)?;
+    if n >= 6 && value >> 32 != 0 {
+        return Err(GP0);
+    }
+    v.state.dr[n] = match n {
+        6 => value & 0xe00f | dr6::FIXED1,
+        7 => value & 0xffff_2fff | 1 << 10,
+        _ => value,
+    };
+    Ok(0)
+}
+
+// ---- time and identification ------------------------------------------------------------------------------------------------
+
+fn check_tsd(v: &Vcpu) -> Result<(), Trap> {
+    if v.state.cr4 & cr4::TSD != 0 && v.state.cpl > 0 { Err(GP0) } else { Ok(()) }
+}
+
+/// RDTSC.
+pub fn rdtsc(v: &mut Vcpu) -> Helped {
+    check_tsd(v)?;
+    let tsc = v.tsc();
+    super::control::set_edx_eax(v, tsc);
+    Ok(tsc)
+}
+
+/// RDTSCP.
+pub fn rdtscp(v: &mut Vcpu) -> Helped {
+    let tsc = rdtsc(v)?;
+    v.state.gpr[RCX] = v.state.msrs.tsc_aux & 0xffff_ffff;
+    Ok(tsc)
+}
+
+/// RDPMC: there are no counters.
+pub fn rdpmc() -> Helped {
+    Err(GP0)
+}
+
+/// CPUID.
+pub fn cpuid(v: &mut Vcpu) -> Helped {
+    let s = &v.state;
+    let state = CpuidState { apic_id: v.index as u32, cpus: v.cold.cpus, cr4: s.cr4, xcr0: s.xcr0 };
+    let (leaf, subleaf) = (s.gpr[RAX] as u32, s.gpr[RCX] as u32);
+    let [a, b, c, d] = v.model.cpuid(leaf, subleaf, &state);
+    if leaf == 1 {
+        v.cold.bios_sign_id = super::msr::MICROCODE_REVISION << 32;
+    }
+    let g = &mut v.state.gpr;
+    (g[RAX], g[RBX], g[RCX], g[RDX]) = (u64::from(a), u64::from(b), u64::from(c), u64::from(d));
+    Ok(0)
+}
+
+// ---- the rest ---------------------------------------------------------------------------------------------------------------
+
+/// INVD and WBINVD: there are no caches to write back.
+pub fn cache_control(v: &mut Vcpu) -> Helped {
+    if v.state.cpl != 0 { Err(GP0) } else { Ok(0) }
+}
+
+/// MONITOR.
+pub fn monitor(v: &mut Vcpu, la: u64) -> Helped {
+    if !v.model.has(Bit::Monitor) || v.state.cpl != 0 {
+        return Err(UD);
+    }
+    if v.state.gpr[RCX] != 0 {
+        return Err(GP0);
+    }
+    v.read(LinearAddr(la), 1, MemAs::Cpl)?;
+    v.cold.monitor = Some(la);
+    Ok(0)
+}
+
+/// MWAIT: may end at any time for any reason, and does at once.
+pub fn mwait(v: &mut Vcpu) -> Helped {
+    if !v.model.has(Bit::Monitor) || v.state.cpl != 0 {
+        return Err(UD);
+    }
+    v.cold.monitor = None;
+    Ok(0)
+}
