@@ -143,3 +143,28 @@ pub fn code_name(code: u16) -> String {
 fn no_instruction() -> Instruction {
     Instruction::default()
 }
+
+/// The instructions of a block as text, a line each: address, bytes, assembly (`-d in_asm`).
+#[must_use]
+pub fn disassemble(flags: TbFlags, rip: u64, bytes: &[u8]) -> String {
+    use iced_x86::FastFormatter;
+    use std::fmt::Write;
+    let bitness = match flags.size() {
+        CodeSize::Bits16 => 16,
+        CodeSize::Bits32 => 32,
+        CodeSize::Bits64 => 64,
+    };
+    let mut out = String::new();
+    let mut formatter = FastFormatter::new();
+    for insn in Decoder::with_ip(bitness, bytes, rip, DecoderOptions::NONE) {
+        let at = insn.ip().wrapping_sub(rip) as usize;
+        let mut hex = String::new();
+        for b in bytes.get(at..at + insn.len()).unwrap_or_default() {
+            let _ = write!(hex, "{b:02x}");
+        }
+        let _ = write!(out, "{:016x}  {hex:<30}  ", insn.ip());
+        formatter.format(&insn, &mut out);
+        out.push('\n');
+    }
+    out
+}

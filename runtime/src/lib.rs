@@ -11,6 +11,7 @@ pub mod exec;
 pub mod fpu;
 pub mod platform;
 pub mod run;
+pub mod stats;
 pub mod trace;
 pub mod vcpu;
 

@@ -14,6 +14,7 @@ use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, 
 
 use crate::config::DebugItems;
 use crate::cpu::{ColdState, CpuModel};
+use crate::exec::counters::{Phase, Profile};
 use crate::exec::{Counters, Jit, Waker};
 use crate::platform::{Platform, clock::Clock};
 use crate::trace::Trace;
@@ -97,6 +98,8 @@ pub struct Vcpu {
     pub cold: ColdState,
     /// Counters of events.
     pub counters: Counters,
+    /// Where its thread's time goes.
+    pub profile: Profile,
     /// Blocks, tiers and host code.
     pub jit: Jit,
     /// Its ear for other threads.
@@ -117,6 +120,19 @@ impl Vcpu {
     #[must_use]
     pub fn tsc(&self) -> u64 {
         self.shared.clock.tsc().wrapping_add(self.state.msrs.tsc_offset)
+    }
+
+    /// Books the time since the last call on the phase that was, and begins `phase`. Returns the phase that was.
+    #[inline]
+    pub fn enter_phase(&mut self, phase: Phase) -> Phase {
+        let was = self.profile.phase;
+        if self.profile.on && was != phase {
+            let now = self.shared.clock.now_ns();
+            self.profile.ns[was as usize] += now.saturating_sub(self.profile.since);
+            self.profile.since = now;
+            self.profile.phase = phase;
+        }
+        was
     }
 
     /// Reads a port.

@@ -77,7 +77,7 @@ fn worker(mut compiler: Compiler, todo: &Receiver<Job>, out: &Sender<Done>, read
         let start = Instant::now();
         let result = match retranslate(&job, &mut passes) {
             Some(block) => compiler.compile(&block),
-            None => continue,
+            None => Err(CompileError::Malformed),
         };
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
@@ -143,26 +143,41 @@ pub fn request(vcpu: &mut Vcpu, id: TbId) {
     }
 }
 
+/// Has block `id` compiled, and waits for it (`--tier quick`).
+pub fn compile_now(vcpu: &mut Vcpu, id: TbId) {
+    request(vcpu, id);
+    while vcpu.jit.tbs.get(id).tier == TierState::Queued {
+        let Some(queue) = &mut vcpu.jit.queue else { return };
+        let Ok(done) = queue.done.recv() else { return };
+        take(vcpu, done);
+    }
+}
+
 /// Installs all host code that has come back.
 pub fn install_ready(vcpu: &mut Vcpu) {
-    loop {
-        let Some(queue) = &mut vcpu.jit.queue else { return };
-        let Ok(done) = queue.done.try_recv() else { return };
+    while let Some(done) = vcpu.jit.queue.as_mut().and_then(|q| q.done.try_recv().ok()) {
+        take(vcpu, done);
+    }
+}
+
+/// Installs an answer of the compile thread, if it is still wanted.
+fn take(vcpu: &mut Vcpu, done: Done) {
+    if let Some(queue) = &mut vcpu.jit.queue {
         queue.ready.fetch_sub(1, Ordering::Relaxed);
         queue.in_flight -= 1;
-        vcpu.counters.compile_ns += done.ns;
-        let tb = vcpu.jit.tbs.get(done.id);
-        if !tb.live || tb.serial != done.serial {
-            vcpu.counters.compile_stale += 1;
-            continue;
-        }
-        match done.result {
-            Ok(compiled) => install(vcpu, done.id, &compiled),
-            Err(error) => {
-                vcpu.counters.compile_refused += 1;
-                vcpu.jit.tbs.get_mut(done.id).tier = TierState::Refused;
-                vcpu.trace.warn_once("compile", &format!("a block stays in the evaluator: {error}"));
-            }
+    }
+    vcpu.counters.compile_ns += done.ns;
+    let tb = vcpu.jit.tbs.get(done.id);
+    if !tb.live || tb.serial != done.serial {
+        vcpu.counters.compile_stale += 1;
+        return;
+    }
+    match done.result {
+        Ok(compiled) => install(vcpu, done.id, &compiled),
+        Err(error) => {
+            vcpu.counters.compile_refused += 1;
+            vcpu.jit.tbs.get_mut(done.id).tier = TierState::Refused;
+            vcpu.trace.warn_once("compile", &format!("a block stays in the evaluator: {error}"));
         }
     }
 }

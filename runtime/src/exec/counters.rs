@@ -2,6 +2,41 @@
 //!
 //! Every slow path has a counter here or in the mmu's own statistics.
 
+/// What a vCPU's thread is doing, for the time profile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u8)]
+pub enum Phase {
+    /// Events, lookups, delivery of exceptions, device polls.
+    #[default]
+    Dispatch,
+    /// Front end and passes.
+    Translate,
+    /// The evaluator, with the slow paths and helpers it calls.
+    Eval,
+    /// Host code, with the slow paths and helpers it calls.
+    Code,
+    /// Asleep in HLT.
+    Idle,
+}
+
+impl Phase {
+    /// All phases, in the order of their numbers.
+    pub const NAMES: [&'static str; 5] = ["dispatch", "translate", "eval", "code", "idle"];
+}
+
+/// Where the time of a vCPU's thread went; kept only when asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Profile {
+    /// Whether it is kept.
+    pub on: bool,
+    /// The phase since `since`.
+    pub phase: Phase,
+    /// Host nanoseconds.
+    pub since: u64,
+    /// Nanoseconds by phase.
+    pub ns: [u64; 5],
+}
+
 /// Counters of one vCPU's execution.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
@@ -11,14 +46,6 @@ pub struct Counters {
     pub insns_translated: u64,
     /// Guest bytes in them.
     pub bytes_translated: u64,
-    /// Time in the front end and the passes, host nanoseconds.
-    pub translate_ns: u64,
-    /// Time in the evaluator, when profiled.
-    pub eval_ns: u64,
-    /// Time in translated host code with the slow paths and helpers it calls, when profiled.
-    pub code_ns: u64,
-    /// Time in memory slow paths (TLB misses, devices, code pages), when profiled.
-    pub slow_ns: u64,
     /// Time asleep in HLT.
     pub idle_ns: u64,
     /// Instructions retired in the evaluator.

@@ -15,7 +15,8 @@ use twofold_mmu::JumpCacheEntry;
 use twofold_ir::eval::{Leave, Target};
 
 use super::env::Env;
-use super::tb::{TbId, TbKey};
+use super::counters::Phase;
+use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, StopReason};
 use crate::cpu::{interrupt, mode};
 use crate::platform::{Outcome, signal};
@@ -60,6 +61,7 @@ enum Next {
 pub fn run(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
     let mut granted = 0;
     loop {
+        vcpu.enter_phase(Phase::Dispatch);
         if let Err(end) = events(vcpu, control, &mut granted) {
             return end;
         }
@@ -203,10 +205,19 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
             set_rip(vcpu, off as i32);
             return Next::Events;
         }
+        if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
+            super::compile::compile_now(vcpu, id);
+        }
         let entry = vcpu.jit.tbs.get(id).code.as_ref().map(|c| c.entry);
         let next = match entry {
-            Some(entry) => run_code(vcpu, entry),
-            None => run_eval(vcpu, id),
+            Some(entry) => {
+                vcpu.enter_phase(Phase::Code);
+                run_code(vcpu, entry)
+            }
+            None => {
+                vcpu.enter_phase(Phase::Eval);
+                run_eval(vcpu, id)
+            }
         };
         let found = match next {
             Next::SamePage(off) if !flags.has(TbFlags::ONE_INSN) => same_page(vcpu, id, off, flags),
@@ -312,7 +323,7 @@ fn find_or_translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId
 /// Runs block `id` in the evaluator.
 fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
     let tb = vcpu.jit.tbs.get_mut(id);
-    tb.runs += 1;
+    tb.runs = tb.runs.saturating_add(1);
     if tb.runs == vcpu.jit.policy.threshold {
         super::compile::request(vcpu, id);
     }

@@ -179,7 +179,7 @@ impl EvalEnv for Env {
         let [a, b, c, d] = args;
         // SAFETY: the helper table's functions take the state of a live vCPU, which nobody else uses meanwhile.
         unsafe {
-            let r = (*self.vcpu).jit.helpers.call(helper, self.state, [a, b, c, d]);
+            let r = crate::cpu::HELPERS[helper as usize](self.state, a, b, c, d);
             if (*self.state).fault.pending != 0 { Err(Abandon) } else { Ok(r) }
         }
     }

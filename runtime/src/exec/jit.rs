@@ -89,6 +89,12 @@ impl Jit {
         Some((id, insn, code.unretired(insn)))
     }
 
+    /// Times a block was entered, as far as that is counted: by the evaluator.
+    #[must_use]
+    pub fn executions(&self, tb: &super::tb::Tb) -> u64 {
+        u64::from(tb.runs)
+    }
+
     /// Makes slot `slot` of block `from` lead straight to block `to`.
     pub fn link(&mut self, from: TbId, slot: u16, to: TbId) {
         let Some(entry) = self.tbs.get(to).code.as_ref().map(|c| c.entry) else { return };

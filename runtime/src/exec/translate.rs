@@ -8,6 +8,7 @@ use twofold_ir::Block;
 use twofold_ir::eval::Program;
 use twofold_ir::passes::Options as PassOptions;
 
+use super::counters::Phase;
 use super::tb::{Tb, TbId, TbKey, TierState};
 use crate::config::DebugItem;
 use crate::vcpu::{Trap, Vcpu};
@@ -20,7 +21,13 @@ pub const MAX_INSNS: usize = 48;
 /// # Errors
 /// When its first instruction goes on in a page that cannot be fetched.
 pub fn translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Trap> {
-    let start = vcpu.shared.clock.now_ns();
+    let was = vcpu.enter_phase(Phase::Translate);
+    let made = translate_at(vcpu, key, la);
+    vcpu.enter_phase(was);
+    made
+}
+
+fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Trap> {
     let mut bytes = [0u8; 4096];
     let off = key.pa.page_offset() as usize;
     let page = &mut bytes[..4096 - off];
@@ -62,7 +69,6 @@ pub fn translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tr
     vcpu.counters.tbs_translated += 1;
     vcpu.counters.insns_translated += block.insns.len() as u64;
     vcpu.counters.bytes_translated += block.byte_len() as u64;
-    vcpu.counters.translate_ns += vcpu.shared.clock.now_ns().saturating_sub(start);
     Ok(id)
 }
 
@@ -100,7 +106,7 @@ fn trace(vcpu: &mut Vcpu, block: &Block, bytes: &[u8], rip: u64, stage: DebugIte
         vcpu.trace.write(&text);
     }
     if vcpu.debug.has(stage) {
-        let text = format!("{:016x}:\n{}", rip, twofold_ir::text::print(block));
+        let text = format!("{:016x}:\n{}", rip, block);
         vcpu.trace.write(&text);
     }
 }

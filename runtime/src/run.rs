@@ -1,0 +1,279 @@
+//! A run from configuration to outcome: builds the machine, runs its processors, says how it ended.
+//!
+//! Place in the pipeline: the top of the runtime, called by the `twofold` command and by tests.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use twofold_arch::CpuState;
+use twofold_mmu::{AddressSpace, CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
+
+use crate::boot::{self, firmware};
+use crate::config::{Config, DebugItem, StopReason};
+use crate::cpu::{self, CpuModel};
+use crate::exec::{self, RunEnd, Waker};
+use crate::platform::clock::Clock;
+use crate::platform::{MMIO_REGIONS, Outcome, Platform};
+use crate::stats::{self, RunFacts};
+use crate::trace::Trace;
+use crate::vcpu::{Shared, Shutdown, Vcpu};
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest powered the machine off.
+    PowerOff,
+    /// The guest wrote this value to the isa-debug-exit port.
+    DebugExit(u32),
+    /// The guest asked for a reset, and resets end the run.
+    Reset,
+    /// The guest triple-faulted, and resets end the run.
+    TripleFault,
+    /// HLT with interrupts off and nobody to wake it.
+    Halted,
+    /// Somebody outside the guest ended it.
+    Stopped(StopReason),
+}
+
+impl Ending {
+    /// The exit status of the `twofold` command.
+    #[must_use]
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Ending::PowerOff | Ending::Stopped(StopReason::Quit) => 0,
+            Ending::DebugExit(v) => (v << 1 | 1) as u8,
+            Ending::Stopped(StopReason::Timeout) => 4,
+            Ending::Reset | Ending::TripleFault => 6,
+            Ending::Halted => 8,
+            Ending::Stopped(StopReason::Signal(n)) => 128u8.wrapping_add(n),
+        }
+    }
+}
+
+/// What a run leaves behind.
+#[derive(Clone, Debug)]
+pub struct RunOutcome {
+    /// How it ended.
+    pub ending: Ending,
+    /// A register dump, for endings that want one (reset, triple fault, halted).
+    pub registers: Option<String>,
+    /// The statistics, JSON, when they were asked for.
+    pub stats: Option<String>,
+}
+
+/// Why a run could not start or go on.
+#[derive(Debug)]
+pub enum Error {
+    /// What was asked for makes no sense, or a file cannot be used: exit status 2. One line: what, where, what to do.
+    Usage(String),
+    /// An error in twofold itself: exit status 10.
+    Internal(String),
+}
+
+impl Error {
+    /// The exit status of the `twofold` command.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            Error::Internal(_) => 10,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(text) => f.write_str(text),
+            Error::Internal(text) => write!(f, "internal: {text}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Runs a machine to its end.
+///
+/// # Errors
+/// When the machine cannot be built as `config` says, or twofold itself fails.
+pub fn run(config: &Config) -> Result<RunOutcome, Error> {
+    let start = Instant::now();
+    let mut vcpu = Machine::new(config)?.boot(config)?;
+    config.control.set_kick(vcpu.waker.as_kick());
+    if let Some(limit) = config.timeout {
+        config.control.arm_timeout(limit);
+    }
+    let end = exec::run(&mut vcpu, &config.control);
+    vcpu.waker.detach();
+    vcpu.platform().flush();
+    vcpu.trace.flush();
+    let ending = match end {
+        RunEnd::Outcome(Outcome::PowerOff) => Ending::PowerOff,
+        RunEnd::Outcome(Outcome::DebugExit(v)) => Ending::DebugExit(v),
+        RunEnd::Outcome(Outcome::Reset) => Ending::Reset,
+        RunEnd::Shutdown(Shutdown::TripleFault) => Ending::TripleFault,
+        RunEnd::Halted => Ending::Halted,
+        RunEnd::Stopped(reason) => Ending::Stopped(reason),
+    };
+    let dump = matches!(ending, Ending::Reset | Ending::TripleFault | Ending::Halted);
+    let stats = config.stats.is_some().then(|| {
+        let usage = usage();
+        let facts = RunFacts {
+            ending,
+            wall: start.elapsed().as_secs_f64(),
+            cpu: usage.cpu_seconds,
+            peak_rss: usage.peak_rss,
+            guest_memory: config.memory,
+        };
+        let value = stats::collect(&vcpu, &facts, |_| None);
+        serde_json::to_string_pretty(&value).unwrap_or_default()
+    });
+    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(&vcpu)), stats })
+}
+
+/// The parts of a machine before anything runs.
+struct Machine {
+    shared: Arc<Shared>,
+    model: Arc<CpuModel>,
+    waker: Arc<Waker>,
+}
+
+impl Machine {
+    fn new(config: &Config) -> Result<Self, Error> {
+        let usage = |e: &dyn fmt::Display| Error::Usage(e.to_string());
+        if config.cpus != 1 {
+            return Err(Error::Usage(format!("--cpus {}: only 1 processor is implemented; leave the option out", config.cpus)));
+        }
+        let model = CpuModel::parse(&config.cpu_model).map_err(|e| usage(&format!("--cpu: {e}")))?;
+        let ram = GuestRam::new(config.memory).map_err(|e| usage(&format!("--memory: {e}")))?;
+        let mut map = PhysMap::new(Arc::new(ram), LegacyHole::default());
+        for (id, (base, size)) in MMIO_REGIONS.into_iter().enumerate() {
+            map.add_mmio(base, size, id as u32).map_err(|e| Error::Internal(e.to_string()))?;
+        }
+        if let Some(path) = &config.firmware {
+            firmware::map(path, &mut map).map_err(|e| usage(&e))?;
+        }
+        let waker = Waker::new();
+        let clock = Clock::host();
+        let platform = Platform::from_config(config, clock.clone(), waker.as_kick())?;
+        let shared = Shared { map: Arc::new(map), platform: Mutex::new(platform), clock };
+        Ok(Self { shared: Arc::new(shared), model: Arc::new(model), waker })
+    }
+
+    /// Loads the guest and makes the boot processor ready for its first instruction.
+    fn boot(self, config: &Config) -> Result<Box<Vcpu>, Error> {
+        let loaded = boot::load(config, &self.shared.map).map_err(|e| Error::Usage(e.to_string()))?;
+        let mut vcpu = self.vcpu(config)?;
+        cpu::reset(&mut vcpu);
+        loaded.entry.apply(&mut vcpu.state);
+        cpu::refresh_space(&mut vcpu);
+        vcpu.mmu.reset(&vcpu.space).store(&mut vcpu.state);
+        if loaded.without_firmware {
+            vcpu.platform().enter_virtual_wire_mode();
+        }
+        if vcpu.debug.has(DebugItem::Boot) {
+            for line in &loaded.report {
+                vcpu.trace.write(&format!("boot: {line}\n"));
+            }
+        }
+        Ok(vcpu)
+    }
+
+    fn vcpu(self, config: &Config) -> Result<Box<Vcpu>, Error> {
+        let policy = match config.flush_policy {
+            crate::config::FlushPolicy::Tagged => twofold_mmu::FlushPolicy::Tagged,
+            crate::config::FlushPolicy::Full => twofold_mmu::FlushPolicy::Full,
+        };
+        let map = self.shared.map.clone();
+        let code = Arc::new(CodePages::new(map.high_ram_end().max(map.low_ram_end())));
+        let mmu = Mmu::new(map, code, policy).map_err(|e| Error::Internal(format!("no memory for the TLB: {e}")))?;
+        let trace = match &config.trace_file {
+            None => Trace::default(),
+            Some(path) => {
+                let file = std::fs::File::create(path)
+                    .map_err(|e| Error::Usage(format!("--trace-file: cannot create {}: {e}", path.display())))?;
+                Trace::new(Box::new(std::io::BufWriter::new(file)))
+            }
+        };
+        let mut vcpu = Box::new(Vcpu {
+            index: 0,
+            state: CpuState::zeroed(),
+            mmu,
+            space: AddressSpace::reset(self.model.phys_bits),
+            model: self.model,
+            shared: self.shared,
+            cold: cpu::ColdState::default(),
+            counters: exec::Counters::default(),
+            profile: exec::counters::Profile { on: config.stats.is_some(), ..Default::default() },
+            jit: exec::Jit::new(config.tier, twofold_backend::Options::default()),
+            waker: self.waker,
+            debug: config.debug,
+            trace,
+        });
+        vcpu.state.vcpu = std::ptr::from_mut(&mut *vcpu).expose_provenance() as u64;
+        vcpu.state.helpers = std::ptr::from_ref(&*vcpu.jit.helpers).expose_provenance() as u64;
+        vcpu.waker.attach(&vcpu.state.attention);
+        Ok(vcpu)
+    }
+}
+
+/// What the operating system says of this process.
+struct Usage {
+    cpu_seconds: f64,
+    peak_rss: u64,
+}
+
+fn usage() -> Usage {
+    // Peak resident set and processor time as /proc tells them; 0 where there is no /proc.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).and_then(|v| v.trim().strip_suffix("kB")?.trim().parse().ok());
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+    // Fields 14 and 15 of stat(5), in clock ticks of 10 ms.
+    Usage { cpu_seconds: (ticks(11) + ticks(12)) as f64 / 100.0, peak_rss: kib.unwrap_or(0u64) * 1024 }
+}
+
+/// The registers, for a person.
+#[must_use]
+pub fn dump_registers(vcpu: &Vcpu) -> String {
+    use std::fmt::Write;
+    let s = &vcpu.state;
+    let mut t = String::new();
+    let _ = writeln!(t, "RIP {:016x}  RFLAGS {:08x}  CPL {}  {:?}", s.rip, s.rflags(), s.cpl, vcpu.space.mode);
+    for row in 0..4 {
+        for i in 0..4 {
+            let n = row * 4 + i;
+            let _ = write!(t, "{:<3} {:016x}  ", twofold_arch::Gpr::NAMES[n].to_uppercase(), s.gpr[n]);
+        }
+        t.truncate(t.trim_end().len());
+        t.push('\n');
+    }
+    for (seg, name) in s.seg.iter().zip(twofold_arch::SegReg::NAMES) {
+        let _ = writeln!(t, "{:<4} {:04x}  base {:016x}  limit {:08x}  attr {:05x}", name.to_uppercase(), seg.selector, seg.base, seg.limit, seg.attr);
+    }
+    let _ = writeln!(t, "GDTR {:016x} {:04x}  IDTR {:016x} {:04x}", s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit);
+    let _ = writeln!(t, "CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:08x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
+    t
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_statuses_are_the_documented_ones() {
+        assert_eq!(Ending::PowerOff.exit_status(), 0);
+        assert_eq!(Ending::DebugExit(0).exit_status(), 1);
+        assert_eq!(Ending::DebugExit(0x10).exit_status(), 0x21);
+        assert_eq!(Ending::DebugExit(0xffff_ffff).exit_status(), 0xff);
+        assert_eq!(Ending::Stopped(StopReason::Timeout).exit_status(), 4);
+        assert_eq!(Ending::TripleFault.exit_status(), 6);
+        assert_eq!(Ending::Reset.exit_status(), 6);
+        assert_eq!(Ending::Halted.exit_status(), 8);
+        assert_eq!(Ending::Stopped(StopReason::Signal(15)).exit_status(), 143);
+        assert_eq!(Error::Usage(String::new()).exit_status(), 2);
+        assert_eq!(Error::Internal(String::new()).exit_status(), 10);
+    }
+}
