@@ -12,6 +12,7 @@ pub mod helper;
 pub mod op;
 pub mod parse;
 pub mod passes;
+pub mod testing;
 pub mod text;
 pub mod vecop;
 pub mod verify;

@@ -96,7 +96,7 @@ struct Pending {
 
 /// Where an address comes from.
 enum Base {
-    Value(u16),
+    Value(Value),
     Word(u8),
 }
 
@@ -258,21 +258,21 @@ impl Lowerer {
         match block.ops[r as usize] {
             Op::Bin { op: BinOp::Add, ty: Ty::I64, a, b } => {
                 if let Some(d) = self.imm(block, b, Ty::I64) {
-                    return (Base::Value(self.root(a)), d);
+                    return (Base::Value(a), d);
                 }
                 if let Some(d) = self.imm(block, a, Ty::I64) {
-                    return (Base::Value(self.root(b)), d);
+                    return (Base::Value(b), d);
                 }
             }
             Op::Bin { op: BinOp::Sub, ty: Ty::I64, a, b } => {
                 if let Some(d) = self.imm(block, b, Ty::I64).and_then(i32::checked_neg) {
-                    return (Base::Value(self.root(a)), d);
+                    return (Base::Value(a), d);
                 }
             }
             Op::Rip { off } if block.flags.is64() => return (Base::Word(RIP_BASE), off),
             _ => {}
         }
-        (Base::Value(r), 0)
+        (Base::Value(addr), 0)
     }
     /// The index register and scale of `b` in `a + b`, when `b` is a shift by a constant.
     fn scaled(&self, block: &Block, ty: Ty, b: Value) -> Option<(Value, u8)> {
@@ -520,8 +520,8 @@ impl Lowerer {
     fn claim(&mut self, block: &Block, i: u16, p: u16, op: &Op) {
         let v = self.vals[i as usize];
         let two = matches!(op, Op::Bin { op, ty, .. } if Self::has_second(*op, *ty));
-        let sunk_to_put = p != i && matches!(block.ops.get(p as usize), Some(Op::Put { .. }));
-        if p != i && !sunk_to_put {
+        // Sunk ops go before another's op would read what a put moved there has changed.
+        if p != i && !v.puts.contains(&p) {
             return;
         }
         for put in v.puts {
@@ -543,7 +543,8 @@ impl Lowerer {
                 continue;
             }
             self.vals[put as usize].state = State::Elided;
-            for k in 0..if ty == Ty::V128 { 2 } else { 1 } {
+            for k in 0..if ty == Ty::V128 && put != p { 2 } else { u8::from(put != p) } {
+                // Moved up: nothing in between writes or reads the word, or the put would not be pending.
                 self.writes(w + k, p);
                 self.kill(w + k);
             }
@@ -593,8 +594,8 @@ impl Lowerer {
         }
     }
     fn place_address(&mut self, block: &Block, p: u16, addr: Value) {
-        if let (Base::Value(r), _) = self.address(block, addr) {
-            self.use_root(r, p);
+        if let (Base::Value(v), _) = self.address(block, addr) {
+            self.use_at(v, p);
         }
     }
     fn bin_order(&self, block: &Block, op: BinOp, ty: Ty, a: Value, b: Value) -> (Value, Value) {
@@ -741,7 +742,7 @@ impl Lowerer {
 
     fn base(&self, block: &Block, addr: Value) -> (u8, u32) {
         match self.address(block, addr) {
-            (Base::Value(r), d) => (self.vals[r as usize].home, d as u32),
+            (Base::Value(v), d) => (self.at(v), d as u32),
             (Base::Word(w), d) => (w, d as u32),
         }
     }

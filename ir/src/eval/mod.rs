@@ -123,3 +123,20 @@ impl Program {
         self.extra.as_ref().is_some_and(|e| e.fallback.is_some())
     }
 }
+
+impl core::fmt::Display for Program {
+    /// The words, for people looking at what became of a block.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let mut words = self.words.iter().take(self.code as usize);
+        while let Some(&w) = words.next() {
+            let [code, d, a, b, ..] = w.to_le_bytes();
+            let name = word::code::NAMES.get(code as usize).copied().unwrap_or("?");
+            write!(f, "{name:8} {d:3} {a:3} {b:3} {:#x}", (w >> 32) as u32)?;
+            match if code == word::code::MOVX { words.next() } else { None } {
+                Some(x) => writeln!(f, " {x:#x}")?,
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}

@@ -24,6 +24,8 @@ pub(crate) mod code {
             #[repr(u8)]
             enum Number { $($name),* }
             $($(#[$doc])* pub const $name: u8 = Number::$name as u8;)*
+            /// Their names, for people.
+            pub const NAMES: &[&str] = &[$(stringify!($name)),*];
         };
     }
     list! {
