@@ -406,6 +406,11 @@ impl Mmu {
         size: u32,
         access: Access,
     ) -> Result<ReadOutcome, Fault> {
+        if access.kind == AccessKind::Read
+            && let Some(value) = self.load_cached(space.mem_mode(access), la, size)
+        {
+            return Ok(ReadOutcome::Value(value));
+        }
         let parts = self.resolve(space, la, size, access)?;
         if let (Target::Ram(offset), None) = (parts.first.target, parts.second)
             && let Some(value) = self.phys.ram().load(offset, size)
@@ -437,6 +442,9 @@ impl Mmu {
         value: u64,
         access: Access,
     ) -> Result<WriteOutcome, Fault> {
+        if access.is_write() && self.store_cached(space.mem_mode(access), la, size, value) {
+            return Ok(WriteOutcome::Done { code: false });
+        }
         let parts = self.resolve(space, la, size, access)?;
         if let (Target::Ram(offset), None) = (parts.first.target, parts.second)
             && self.phys.ram().store(offset, value, size)
