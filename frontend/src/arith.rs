@@ -4,14 +4,14 @@
 //! Place: a family of the instruction table. The shape of a read-modify-write: with LOCK one atomic op; without it a load
 //! with the intent to write, then the store; registers and flags last.
 
-use iced_x86::Mnemonic;
+use iced_x86::{Mnemonic, Register};
 use twofold_arch::control::rflags;
 use twofold_arch::cpuid::Feature;
 use twofold_arch::{CcKind, CondCode};
 use twofold_ir::{BinOp, Helper, IntCc, RmwOp, Ty, UnOp, Value};
 
 use crate::table::{Need, Row};
-use crate::translator::{Access, Place, Translator};
+use crate::translator::{Access, Place, Translator, gpr};
 
 /// A two-operand operation.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -194,23 +194,29 @@ fn cmpxchg(t: &mut Translator<'_>) {
     };
     let r = t.b.sub(acc, old);
     let equal = t.b.cmp(IntCc::Eq, acc, old);
-    if !t.locked() {
-        let v = t.b.select(equal, new, old);
+    match place {
+        Place::Mem { addr, flags } if !t.locked() => {
+            let v = t.b.select(equal, new, old);
+            t.b.store(flags, addr, v);
+        }
+        Place::Mem { .. } => {}
         // A register destination goes first, so that the accumulator wins when it is both.
-        t.write_place(place, v);
+        Place::Reg(r) => put_if(t, r, equal, new, true),
     }
-    // RAX keeps its upper half when a 32-bit comparison succeeds.
-    if ty == Ty::I32 {
-        let rax = t.get_gpr(Ty::I64, 0);
-        let wide = t.b.zext(Ty::I64, old);
-        let v = t.b.select(equal, rax, wide);
-        t.put_gpr(0, v);
-    } else {
-        let now = t.get_gpr(ty, 0);
-        let v = t.b.select(equal, now, old);
-        t.put_gpr(0, v);
-    }
+    put_if(t, t.accumulator(ty), equal, old, false);
     t.b.set_cc(CcKind::Sub, r, Some(old), None);
+}
+
+/// Writes a register when `c` is `when`; else all 64 bits of it stay.
+fn put_if(t: &mut Translator<'_>, r: Register, c: Value, v: Value, when: bool) {
+    let (n, ty, high) = gpr(r);
+    let (now, v) = if ty == Ty::I32 {
+        (t.get_gpr(Ty::I64, n), t.b.zext(Ty::I64, v))
+    } else {
+        (t.read_gpr(r), v)
+    };
+    let v = if when { t.b.select(c, v, now) } else { t.b.select(c, now, v) };
+    if high { t.write_gpr(r, v) } else { t.put_gpr(n, v) }
 }
 
 fn cmpxchg8b(t: &mut Translator<'_>) {

@@ -172,6 +172,17 @@ impl<'a> Translator<'a> {
         self.put_gpr(n, v);
     }
 
+    /// AL, AX, EAX or RAX.
+    #[must_use]
+    pub fn accumulator(&self, ty: Ty) -> Register {
+        match ty {
+            Ty::I8 => Register::AL,
+            Ty::I16 => Register::AX,
+            Ty::I32 => Register::EAX,
+            _ => Register::RAX,
+        }
+    }
+
     // ---- operands ------------------------------------------------------------------------------------------------------
 
     /// The integer type of operand `n`. For an immediate: that of operand 0.

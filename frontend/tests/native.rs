@@ -1,0 +1,46 @@
+//! User-mode integer instructions on the host CPU against translation and evaluation.
+#![cfg(target_arch = "x86_64")]
+#![allow(missing_docs)]
+
+#[path = "../../tests/src/native.rs"]
+mod native;
+
+mod forms;
+
+use native::{Form, Native, Runner, USER64, check_block, reference, translate_one};
+use twofold_ir::eval::Program;
+use twofold_ir::passes::{Options, Passes};
+
+/// Runs all forms; prints how many runs were compared, fails with every form that differs.
+fn run_all(what: &str, forms: &[Form], times: usize, simplify: bool, run: &mut Runner<'_>) {
+    let mut native = Native::lock();
+    let mut passes = Passes::default();
+    let mut runs = 0;
+    let mut failures = Vec::new();
+    for form in forms {
+        let mut block = translate_one(&form.bytes, USER64);
+        if let Err(e) = twofold_ir::verify::verify(&block) {
+            failures.push(format!("{}: {e:?}", form.name));
+        }
+        if simplify {
+            passes.run(&mut block, &Options::default());
+        }
+        match check_block(&mut native, form, &block, times, run) {
+            Ok(n) => runs += n,
+            Err(m) => failures.push(m.text),
+        }
+    }
+    println!("{what}: {} forms, {runs} runs compared", forms.len());
+    assert!(failures.is_empty(), "{} of {} forms differ:\n{}", failures.len(), forms.len(), failures.join("\n"));
+}
+
+#[test]
+fn reference_evaluator() {
+    run_all("reference evaluator", &forms::integer(), 100, false, &mut reference);
+}
+
+#[test]
+fn passes_and_evaluator() {
+    let mut run = |block: &twofold_ir::Block, env: &mut native::TestEnv| Program::new(block).run(env);
+    run_all("passes and evaluator", &forms::integer(), 100, true, &mut run);
+}
