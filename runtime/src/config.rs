@@ -220,6 +220,8 @@ impl fmt::Debug for Control {
 pub struct Config {
     /// Kernel image: bzImage, PVH ELF or Multiboot.
     pub kernel: Option<PathBuf>,
+    /// A kernel image made in memory; goes before `kernel`.
+    pub kernel_image: Option<Arc<[u8]>>,
     /// Firmware ROM, instead of a kernel.
     pub firmware: Option<PathBuf>,
     /// `FILE` for Linux, `FILE[ ARGS][,FILE…]` for Multiboot modules.
@@ -262,6 +264,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             kernel: None,
+            kernel_image: None,
             firmware: None,
             initrd: None,
             append: String::new(),

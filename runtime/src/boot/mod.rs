@@ -14,6 +14,7 @@ pub mod linux;
 pub mod multiboot;
 pub mod pvh;
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use twofold_arch::control::{cr0, cr4, efer};
@@ -97,14 +98,14 @@ pub struct Loaded {
 /// # Errors
 /// [`BootError`], for anything wrong with a file, or with it in so much memory.
 pub fn load(config: &Config, map: &PhysMap) -> Result<Loaded, BootError> {
-    let Some(path) = &config.kernel else {
-        return match &config.firmware {
-            Some(_) => Ok(Loaded { entry: EntryState::RESET, without_firmware: false, report: Vec::new() }),
-            None => Err(BootError::new("nothing to run", Problem::NoKernel)),
-        };
+    let (name, file) = match (&config.kernel_image, &config.kernel, &config.firmware) {
+        (Some(image), _, _) => (String::from("kernel"), Cow::Borrowed(&image[..])),
+        (None, Some(path), _) => (path.display().to_string(), Cow::Owned(image::read_file(path, config.memory)?)),
+        (None, None, Some(_)) => {
+            return Ok(Loaded { entry: EntryState::RESET, without_firmware: false, report: Vec::new() });
+        }
+        (None, None, None) => return Err(BootError::new("nothing to run", Problem::NoKernel)),
     };
-    let name = path.display().to_string();
-    let file = image::read_file(path, config.memory)?;
     let mut report = Vec::new();
     let rsdp = acpi::write_tables(map, config.cpus);
     let mut guest = Guest { config, map, kernel: &file, name: &name, rsdp, report: &mut report };
