@@ -43,6 +43,8 @@ pub(crate) const ROWS: &[Row] = &[
     row(Mnemonic::Prefetcht1, nop),
     row(Mnemonic::Prefetcht2, nop),
     row(Mnemonic::Cldemote, nop),
+    row(Mnemonic::Prefetchit0, nop),
+    row(Mnemonic::Prefetchit1, nop),
     row(Mnemonic::Xlatb, xlat),
     row(Mnemonic::Cbw, |t| convert(t, Ty::I8, Ty::I16)),
     row(Mnemonic::Cwde, |t| convert(t, Ty::I16, Ty::I32)),

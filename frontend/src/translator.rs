@@ -271,6 +271,7 @@ impl<'a> Translator<'a> {
     }
     /// #UD for an instruction twofold does not have; notes it on the block.
     pub fn unimplemented(&mut self) {
+        self.b.set_unimplemented(self.insn.code() as u16);
         self.raise(Exception::UD);
     }
     /// Ends the block after this instruction, to the dispatcher: state changed that the key or event delivery depends on.

@@ -85,6 +85,9 @@ pub struct Block {
     pub retired: u16,
     /// The (only) instruction lies in two pages.
     pub crosses_page: bool,
+    /// An instruction form that the front end does not have (its own number for it), for a one-time note; 0: none. The block
+    /// raises #UD there.
+    pub unimplemented: u16,
 }
 
 impl Block {

@@ -61,6 +61,10 @@ impl Builder {
     pub fn set_crosses_page(&mut self) {
         self.block.crosses_page = true;
     }
+    /// Notes that the block raises #UD for an instruction form the front end does not have.
+    pub fn set_unimplemented(&mut self, form: u16) {
+        self.block.unimplemented = form;
+    }
 
     fn push(&mut self, op: Op) -> Value {
         let v = Value(self.block.ops.len() as u16);
