@@ -4,18 +4,15 @@ use iced_x86::Code;
 use twofold_arch::cpuid::Feature;
 use twofold_ir::VecOp;
 
-use crate::sse::{
-    binary, binary_imm, rows, scalar32, scalar32_imm, scalar64, scalar64_imm, unary, unary_imm,
-};
+use crate::sse::{binary, binary_imm, rows, scalar32, scalar32_imm, scalar64, scalar64_imm, unary, unary_imm};
 use crate::table::{Need, Row};
 use crate::translator::Translator;
 
 /// Rows whose op has the mnemonic's name.
 pub const ROWS: &[Row] = BY_OP;
 /// CMPSD by form: the string instruction has the same mnemonic.
-pub const ROWS_ONE: &[Row] = &[Row::one(Code::Cmpsd_xmm_xmmm64_imm8, |t| compare64(t, VecOp::Cmpsd))
-    .feature(Feature::Sse2)
-    .need(Need::SSE)];
+pub const ROWS_ONE: &[Row] =
+    &[Row::one(Code::Cmpsd_xmm_xmmm64_imm8, |t| compare64(t, VecOp::Cmpsd)).feature(Feature::Sse2).need(Need::SSE)];
 
 rows! { BY_OP;
     Sse binary: Addps Subps Mulps Divps Minps Maxps;

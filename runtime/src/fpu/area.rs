@@ -127,12 +127,7 @@ pub fn plan_save(s: &CpuState, kind: u64, wanted: u64, old_bv: u64) -> Save {
         return Save { written: bv, mxcsr: bv & xcr0::SSE != 0, xstate_bv: bv, xcomp_bv: 1 << 63 | wanted };
     }
     let written = if kind == form::XSAVEOPT { used } else { wanted & KNOWN };
-    Save {
-        written,
-        mxcsr: wanted & (xcr0::SSE | xcr0::AVX) != 0,
-        xstate_bv: old_bv & !wanted | used,
-        xcomp_bv: 0,
-    }
+    Save { written, mxcsr: wanted & (xcr0::SSE | xcr0::AVX) != 0, xstate_bv: old_bv & !wanted | used, xcomp_bv: 0 }
 }
 
 /// The parts of the legacy region that are written.

@@ -22,7 +22,14 @@ pub struct Registers {
 /// guest's arithmetic flags, and the returned ones what it made of them. `None` on hosts without an x87.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
-pub fn run(_r: Registers, _first: u16, _modrm: u8, _memory: bool, _flags: u64, _operand: &mut [u8; 16]) -> Option<(Registers, u64)> {
+pub fn run(
+    _r: Registers,
+    _first: u16,
+    _modrm: u8,
+    _memory: bool,
+    _flags: u64,
+    _operand: &mut [u8; 16],
+) -> Option<(Registers, u64)> {
     None
 }
 
@@ -80,7 +87,14 @@ mod x86_64 {
 
     /// See the module.
     #[must_use]
-    pub fn run(mut r: Registers, first: u16, modrm: u8, memory: bool, flags: u64, operand: &mut [u8; 16]) -> Option<(Registers, u64)> {
+    pub fn run(
+        mut r: Registers,
+        first: u16,
+        modrm: u8,
+        memory: bool,
+        flags: u64,
+        operand: &mut [u8; 16],
+    ) -> Option<(Registers, u64)> {
         let first = usize::from(first & 7);
         let stub = if memory {
             &raw const twofold_x87_memory[first * 8 + usize::from(modrm >> 3 & 7)]
