@@ -21,16 +21,19 @@ macro_rules! address {
 
         impl $name {
             /// The address rounded down to its 4 KiB page.
+            #[inline]
             #[must_use]
             pub const fn page(self) -> Self {
                 Self(self.0 & PAGE_MASK)
             }
             /// The offset of the address in its 4 KiB page, 0..4096.
+            #[inline]
             #[must_use]
             pub const fn page_offset(self) -> u64 {
                 self.0 & !PAGE_MASK
             }
             /// The address `n` bytes on, modulo 2^64.
+            #[inline]
             #[must_use]
             pub const fn wrapping_add(self, n: u64) -> Self {
                 Self(self.0.wrapping_add(n))
@@ -65,6 +68,7 @@ address!(
 
 impl GuestPhysAddr {
     /// With EPT off, guest-physical addresses are physical addresses (SDM Vol 3C, "The Extended Page Table Mechanism").
+    #[inline]
     #[must_use]
     pub const fn without_ept(self) -> PhysAddr {
         PhysAddr(self.0)
@@ -73,6 +77,7 @@ impl GuestPhysAddr {
 
 impl LinearAddr {
     /// Whether the address is canonical for linear addresses of `width` bits (48, or 57 with CR4.LA57).
+    #[inline]
     #[must_use]
     pub const fn is_canonical(self, width: u32) -> bool {
         let unused = 64 - width;

@@ -35,24 +35,28 @@ pub const SHIFT_4M: u8 = 22;
 pub const SHIFT_1G: u8 = 30;
 
 /// Bits `hi:lo`.
+#[inline]
 #[must_use]
 pub const fn bits(hi: u32, lo: u32) -> u64 {
     if hi < lo { 0 } else { (u64::MAX >> (63 - hi)) & (u64::MAX << lo) }
 }
 
 /// Reserved in every 64-bit entry of 4- and 5-level paging: bits 51:MAXPHYADDR, and NX when EFER.NXE = 0.
+#[inline]
 #[must_use]
 pub const fn long_reserved(maxphyaddr: u32, nxe: bool) -> u64 {
     bits(51, maxphyaddr) | if nxe { 0 } else { NX }
 }
 
 /// Reserved in a PAE PDE or PTE: bits 62:MAXPHYADDR, and NX when EFER.NXE = 0.
+#[inline]
 #[must_use]
 pub const fn pae_reserved(maxphyaddr: u32, nxe: bool) -> u64 {
     bits(62, maxphyaddr) | if nxe { 0 } else { NX }
 }
 
 /// Reserved in a PDPTE register of PAE paging: bits 2:1, 8:5 and 63:MAXPHYADDR.
+#[inline]
 #[must_use]
 pub const fn pdpte_reserved(maxphyaddr: u32) -> u64 {
     bits(2, 1) | bits(8, 5) | bits(63, maxphyaddr)
@@ -60,6 +64,7 @@ pub const fn pdpte_reserved(maxphyaddr: u32) -> u64 {
 
 /// Reserved, besides what is reserved in all entries, in a 64-bit entry that maps a page of `1 << shift` bytes: the
 /// address bits below the page size other than the PAT bit.
+#[inline]
 #[must_use]
 pub const fn large_reserved(shift: u8) -> u64 {
     bits(shift as u32 - 1, 13)
@@ -67,6 +72,7 @@ pub const fn large_reserved(shift: u8) -> u64 {
 
 /// Reserved in a 32-bit PDE that maps a 4 MiB page: bit 21, and those bits of 20:13 that PSE-36 does not use because
 /// MAXPHYADDR is below 40.
+#[inline]
 #[must_use]
 pub const fn pse_reserved(maxphyaddr: u32) -> u64 {
     let m = if maxphyaddr > 40 { 40 } else { maxphyaddr };
@@ -74,6 +80,7 @@ pub const fn pse_reserved(maxphyaddr: u32) -> u64 {
 }
 
 /// The physical address of the 4 MiB page of a 32-bit PDE, PSE-36 bits included.
+#[inline]
 #[must_use]
 pub const fn pse_address(pde: u64) -> u64 {
     (pde & 0xffc0_0000) | (pde & bits(20, 13)) << 19

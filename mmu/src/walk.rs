@@ -190,6 +190,8 @@ struct Step {
 struct Steps {
     steps: [Step; 5],
     len: usize,
+    /// Entries read, the one that ended the walk included.
+    reads: u64,
     width: EntryWidth,
     /// AND of the entries' flags: RW, US, A.
     all: u64,
@@ -199,8 +201,15 @@ struct Steps {
 
 impl Steps {
     #[inline]
-    fn new(width: EntryWidth) -> Self {
-        Self { steps: [Step { at: GuestPhysAddr(0), entry: 0 }; 5], len: 0, width, all: u64::MAX, any: 0 }
+    fn new() -> Self {
+        Self {
+            steps: [Step { at: GuestPhysAddr(0), entry: 0 }; 5],
+            len: 0,
+            reads: 0,
+            width: EntryWidth::Eight,
+            all: u64::MAX,
+            any: 0,
+        }
     }
 
     #[inline]
@@ -240,14 +249,17 @@ pub fn walk<M: GuestPhysical>(
     counts: &mut WalkCounts,
 ) -> Result<Mapping, Fault> {
     loop {
-        let found = match space.mode {
+        let mut steps = Steps::new();
+        let leaf = match space.mode {
             PagingMode::None => return unpaged(la, access, memory),
-            PagingMode::Bits32 => walk_32(space, la, access, memory, counts)?,
-            PagingMode::Pae => walk_pae(space, la, access, memory, counts)?,
-            PagingMode::Level4 => walk_long::<4, M>(space, la, access, memory, counts)?,
-            PagingMode::Level5 => walk_long::<5, M>(space, la, access, memory, counts)?,
+            PagingMode::Bits32 => walk_32(space, la, access, memory, &mut steps),
+            PagingMode::Pae => walk_pae(space, la, access, memory, &mut steps),
+            PagingMode::Level4 => walk_long::<4, M>(space, la, access, memory, &mut steps),
+            PagingMode::Level5 => walk_long::<5, M>(space, la, access, memory, &mut steps),
         };
-        if let Some(mapping) = finish(space, la, access, &found.0, &found.1, memory, counts)? {
+        counts.entries_read += steps.reads;
+        let leaf = leaf?;
+        if let Some(mapping) = finish(space, la, access, &steps, &leaf, memory, counts)? {
             return Ok(mapping);
         }
     }
@@ -285,12 +297,12 @@ fn walk_32<M: GuestPhysical>(
     la: LinearAddr,
     access: Access,
     memory: &mut M,
-    counts: &mut WalkCounts,
-) -> Result<(Steps, Leaf), Fault> {
-    let mut steps = Steps::new(EntryWidth::Four);
+    steps: &mut Steps,
+) -> Result<Leaf, Fault> {
+    steps.width = EntryWidth::Four;
     let at = GuestPhysAddr((space.cr3 & 0xffff_f000) | (la.0 >> 22 & 0x3ff) << 2);
     let pde = memory.read_entry(at, EntryWidth::Four, la).map_err(Fault::Ept)?;
-    counts.entries_read += 1;
+    steps.reads += 1;
     if pde & P == 0 {
         return Err(not_present(space, la, access));
     }
@@ -300,17 +312,17 @@ fn walk_32<M: GuestPhysical>(
             return Err(reserved_bit(space, la, access));
         }
         let base = paging::pse_address(pde);
-        return Ok((steps, Leaf { entry: pde, shift: paging::SHIFT_4M, base, pat: paging::PAT_LARGE }));
+        return Ok(Leaf { entry: pde, shift: paging::SHIFT_4M, base, pat: paging::PAT_LARGE });
     }
     let at = GuestPhysAddr((pde & 0xffff_f000) | (la.0 >> 12 & 0x3ff) << 2);
     let pte = memory.read_entry(at, EntryWidth::Four, la).map_err(Fault::Ept)?;
-    counts.entries_read += 1;
+    steps.reads += 1;
     if pte & P == 0 {
         return Err(not_present(space, la, access));
     }
     steps.push(at, pte);
     let base = pte & 0xffff_f000;
-    Ok((steps, Leaf { entry: pte, shift: paging::SHIFT_4K, base, pat: paging::PAT_4K }))
+    Ok(Leaf { entry: pte, shift: paging::SHIFT_4K, base, pat: paging::PAT_4K })
 }
 
 /// PAE paging (SDM Vol 3A, "PAE Paging"): starts from the PDPTE registers, which were checked when they were loaded.
@@ -319,14 +331,14 @@ fn walk_pae<M: GuestPhysical>(
     la: LinearAddr,
     access: Access,
     memory: &mut M,
-    counts: &mut WalkCounts,
-) -> Result<(Steps, Leaf), Fault> {
+    steps: &mut Steps,
+) -> Result<Leaf, Fault> {
     let pdpte = space.pdptes[(la.0 >> 30 & 3) as usize];
     if pdpte & P == 0 {
         return Err(not_present(space, la, access));
     }
     let reserved = paging::pae_reserved(u32::from(space.maxphyaddr), space.nxe);
-    descend::<2, M>(space, la, access, pdpte & paging::ADDR, reserved, memory, counts)
+    descend::<2, M>(space, la, access, pdpte & paging::ADDR, reserved, memory, steps)
 }
 
 /// 4-level and 5-level paging (SDM Vol 3A, "4-Level Paging and 5-Level Paging").
@@ -336,10 +348,10 @@ fn walk_long<const LEVELS: u32, M: GuestPhysical>(
     la: LinearAddr,
     access: Access,
     memory: &mut M,
-    counts: &mut WalkCounts,
-) -> Result<(Steps, Leaf), Fault> {
+    steps: &mut Steps,
+) -> Result<Leaf, Fault> {
     let reserved = paging::long_reserved(u32::from(space.maxphyaddr), space.nxe);
-    descend::<LEVELS, M>(space, la, access, space.cr3 & paging::ADDR, reserved, memory, counts)
+    descend::<LEVELS, M>(space, la, access, space.cr3 & paging::ADDR, reserved, memory, steps)
 }
 
 /// From a table of 64-bit entries at `level` (1 is the page table) down to the leaf.
@@ -351,16 +363,15 @@ fn descend<const LEVELS: u32, M: GuestPhysical>(
     top: u64,
     reserved: u64,
     memory: &mut M,
-    counts: &mut WalkCounts,
-) -> Result<(Steps, Leaf), Fault> {
-    let mut steps = Steps::new(EntryWidth::Eight);
+    steps: &mut Steps,
+) -> Result<Leaf, Fault> {
     let mut table = top;
     let mut level = LEVELS;
     loop {
         let shift = 3 + 9 * level as u8;
         let at = GuestPhysAddr(table | (la.0 >> shift & 0x1ff) << 3);
         let entry = memory.read_entry(at, EntryWidth::Eight, la).map_err(Fault::Ept)?;
-        counts.entries_read += 1;
+        steps.reads += 1;
         if entry & P == 0 {
             return Err(not_present(space, la, access));
         }
@@ -380,7 +391,7 @@ fn descend<const LEVELS: u32, M: GuestPhysical>(
         if is_leaf {
             let base = entry & paging::ADDR & (u64::MAX << shift);
             let pat = if level == 1 { paging::PAT_4K } else { paging::PAT_LARGE };
-            return Ok((steps, Leaf { entry, shift, base, pat }));
+            return Ok(Leaf { entry, shift, base, pat });
         }
         table = entry & paging::ADDR;
         level -= 1;
