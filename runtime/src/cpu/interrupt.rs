@@ -14,6 +14,7 @@ use super::segments::{
 };
 use super::stack::{RSP, Stack};
 use super::task;
+use crate::config::DebugItem;
 use crate::vcpu::{MemAs, Shutdown, Trap, Vcpu};
 
 /// Something to be delivered through the IDT that no instruction asked for.
@@ -77,6 +78,9 @@ pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
     let mut event = event;
     loop {
         let d = prepare(v, &event);
+        if v.debug.has(DebugItem::Int) {
+            trace(v, &event);
+        }
         let fault = match dispatch(v, &d) {
             Ok(()) => {
                 v.state.shadow = 0;
@@ -93,6 +97,14 @@ pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
             Event::Interrupt(_) | Event::Nmi => fault,
         });
     }
+}
+
+/// `-d int`.
+#[cold]
+fn trace(v: &mut Vcpu, event: &Event) {
+    let s = &v.state;
+    let text = format!("int: {event:x?} at rip {:#x} cpl {} rsp {:#x} retired {}\n", s.rip, s.cpl, s.gpr[4], s.retired);
+    v.trace.write(&text);
 }
 
 /// Counts the event and works out what its frame holds.

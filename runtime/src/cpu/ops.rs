@@ -336,8 +336,23 @@ pub fn cmpxchg16b(v: &mut Vcpu, la: u64) -> Helped {
 unsafe fn exchange_128(p: *mut u128, expected: u128, new: u128) -> u128 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        let (mut lo, mut hi) = (expected as u64, (expected >> 64) as u64);
+        // In assembly: the intrinsic becomes a call of a library that nobody links. RBX is LLVM's own.
         // SAFETY: the host has the instruction; the rest is the caller's.
-        return unsafe { core::arch::x86_64::cmpxchg16b(p, expected, new, Ordering::SeqCst, Ordering::SeqCst) };
+        unsafe {
+            core::arch::asm!(
+                "xchg {new_lo}, rbx",
+                "lock cmpxchg16b [{p}]",
+                "mov rbx, {new_lo}",
+                p = in(reg) p,
+                new_lo = inout(reg) new as u64 => _,
+                in("rcx") (new >> 64) as u64,
+                inout("rax") lo,
+                inout("rdx") hi,
+                options(nostack),
+            );
+        }
+        return u128::from(hi) << 64 | u128::from(lo);
     }
     // Hosts without a 16-byte exchange: atomic only against this same function.
     static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());

@@ -11,6 +11,7 @@ use twofold_ir::Helper;
 
 use super::{Helped, control, far, interrupt, msr, ops, segments, string};
 use crate::exec::dispatch::PENDING_EXCEPTION;
+use crate::fpu;
 use crate::vcpu::Vcpu;
 
 /// Number of helpers.
@@ -104,12 +105,12 @@ table! { v, a, b, c, d;
     SetAc => ops::set_ac(v, a != 0),
     Vmx => Err(segments::UD),
     Rsm => Err(segments::UD),
-    X87 => Err(segments::UD),
-    SaveState => Err(segments::UD),
-    RestoreState => Err(segments::UD),
-    Ldmxcsr => Err(segments::UD),
-    Stmxcsr => Ok(u64::from(v.state.mxcsr)),
-    SseCheck => Ok(0),
+    X87 => fpu::x87(v, a, b, c, d),
+    SaveState => fpu::save_state(v, a, b),
+    RestoreState => fpu::restore_state(v, a, b),
+    Ldmxcsr => fpu::ldmxcsr(v, a),
+    Stmxcsr => Ok(fpu::stmxcsr(v)),
+    SseCheck => fpu::sse_check(v, a),
 }
 
 /// Calls a helper; the safe way in.

@@ -19,6 +19,7 @@ use super::counters::Phase;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, StopReason};
 use crate::cpu::{interrupt, mode};
+use crate::fpu::mxcsr;
 use crate::platform::{Outcome, signal};
 use crate::vcpu::{Shutdown, Trap, Vcpu};
 
@@ -59,6 +60,13 @@ enum Next {
 
 /// Runs `vcpu` until something ends the run.
 pub fn run(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
+    mxcsr::enter(&vcpu.state);
+    let end = run_loop(vcpu, control);
+    mxcsr::leave(&mut vcpu.state);
+    end
+}
+
+fn run_loop(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
     let mut granted = 0;
     loop {
         vcpu.enter_phase(Phase::Dispatch);
