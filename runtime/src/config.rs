@@ -89,7 +89,19 @@ pub enum PerfMode {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum DebugItem {
-    InAsm, Ir, IrOpt, Clif, OutAsm, Exec, Int, Mmu, Tlb, Vmx, Smc, Io, Boot,
+    InAsm,
+    Ir,
+    IrOpt,
+    Clif,
+    OutAsm,
+    Exec,
+    Int,
+    Mmu,
+    Tlb,
+    Vmx,
+    Smc,
+    Io,
+    Boot,
 }
 
 impl DebugItem {

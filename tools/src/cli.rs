@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use twofold_runtime::config::{
-    Config, Console, DebugItem, DebugItems, FlushPolicy, MAX_CPUS, MAX_MEMORY, MIN_MEMORY, OnReset, Output, PerfMode, Tier,
+    Config, Console, DebugItem, DebugItems, FlushPolicy, MAX_CPUS, MAX_MEMORY, MIN_MEMORY, OnReset, Output, PerfMode,
+    Tier,
 };
 
 const EXAMPLES: &str = "\
@@ -112,7 +113,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Guest", conflicts_with = "firmware")]
     pub initrd: Option<String>,
     /// Kernel command line
-    #[arg(long, value_name = "TEXT", help_heading = "Guest", allow_hyphen_values = true, default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        help_heading = "Guest",
+        allow_hyphen_values = true,
+        default_value = "",
+        hide_default_value = true
+    )]
     pub append: String,
     /// Guest memory: bytes with K, M, G or T, or a number of MiB
     #[arg(short = 'm', long, value_name = "SIZE", help_heading = "Machine", default_value = "512M", value_parser = parse_memory, allow_hyphen_values = true)]
@@ -297,7 +305,8 @@ fn parse_memory(text: &str) -> Result<u64, String> {
 }
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse::<f64>().map_err(|_| String::from("not a number of seconds; write one such as 10 or 0.5"))?;
+    let seconds =
+        text.parse::<f64>().map_err(|_| String::from("not a number of seconds; write one such as 10 or 0.5"))?;
     if seconds <= 0.0 || seconds.is_nan() {
         return Err(String::from("the time must be more than zero"));
     }
@@ -386,24 +395,70 @@ mod tests {
     #[test]
     fn everything_said() {
         let args = run(&[
-            "--kernel=k", "--initrd", "i", "--append", "-x console=ttyS0", "--memory", "2G", "--cpus", "4", "--cpu", "max,-la57",
-            "--serial", "file:/tmp/out", "--debugcon", "stdio", "--tier", "quick", "--flush-policy", "full", "--timeout",
-            "1.5", "--on-reset", "reset", "--stats", "-", "--perf", "jitdump", "-d", "int,vmx", "--trace-file", "t",
+            "--kernel=k",
+            "--initrd",
+            "i",
+            "--append",
+            "-x console=ttyS0",
+            "--memory",
+            "2G",
+            "--cpus",
+            "4",
+            "--cpu",
+            "max,-la57",
+            "--serial",
+            "file:/tmp/out",
+            "--debugcon",
+            "stdio",
+            "--tier",
+            "quick",
+            "--flush-policy",
+            "full",
+            "--timeout",
+            "1.5",
+            "--on-reset",
+            "reset",
+            "--stats",
+            "-",
+            "--perf",
+            "jitdump",
+            "-d",
+            "int,vmx",
+            "--trace-file",
+            "t",
         ]);
         let c = args.unwrap().to_config();
         assert_eq!((c.append.as_str(), c.memory, c.cpus), ("-x console=ttyS0", 2 << 30, 4));
         assert_eq!((c.serial, c.debugcon), (Console::File("/tmp/out".into()), Console::Stdio));
         assert_eq!((c.tier, c.flush_policy, c.on_reset), (Tier::Quick, FlushPolicy::Full, OnReset::Reset));
-        assert_eq!((c.timeout, c.stats, c.perf), (Some(Duration::from_millis(1500)), Some(Output::Stdout), Some(PerfMode::Jitdump)));
+        assert_eq!(
+            (c.timeout, c.stats, c.perf),
+            (Some(Duration::from_millis(1500)), Some(Output::Stdout), Some(PerfMode::Jitdump))
+        );
         assert!(c.debug.has(DebugItem::Int) && c.debug.has(DebugItem::Vmx) && !c.debug.has(DebugItem::Io));
     }
 
     #[test]
     fn memory_sizes() {
-        for (text, bytes) in [("512M", 512u64 << 20), ("512", 512 << 20), ("1G", 1 << 30), ("4096K", 4 << 20), ("1T", 1 << 40)] {
+        for (text, bytes) in
+            [("512M", 512u64 << 20), ("512", 512 << 20), ("1G", 1 << 30), ("4096K", 4 << 20), ("1T", 1 << 40)]
+        {
             assert_eq!(parse_memory(text), Ok(bytes), "{text}");
         }
-        for text in ["0", "0M", "", "M", "abc", "-5M", "512X", "1e9", "99999999999999999999", "18446744073709551615G", "1024T", "4K"] {
+        for text in [
+            "0",
+            "0M",
+            "",
+            "M",
+            "abc",
+            "-5M",
+            "512X",
+            "1e9",
+            "99999999999999999999",
+            "18446744073709551615G",
+            "1024T",
+            "4K",
+        ] {
             assert!(parse_memory(text).is_err(), "{text}");
             assert!(run(&["--kernel", "k", &format!("--memory={text}")]).unwrap_err().contains("memory"));
         }
@@ -431,7 +486,10 @@ mod tests {
 
     #[test]
     fn the_last_of_a_repeated_option_counts() {
-        assert_eq!(run(&["--kernel", "a", "--memory", "1G", "--kernel", "b", "-m", "16M"]).unwrap().to_config().memory, 16 << 20);
+        assert_eq!(
+            run(&["--kernel", "a", "--memory", "1G", "--kernel", "b", "-m", "16M"]).unwrap().to_config().memory,
+            16 << 20
+        );
     }
 
     #[test]

@@ -62,7 +62,9 @@ fn run_guest(args: &RunArgs) -> Result<u8, Error> {
         return print(debug_help());
     }
     if args.kernel.is_none() && args.firmware.is_none() {
-        return Err(Error::Usage(String::from("nothing to run; give --kernel FILE or --firmware FILE, or try 'twofold demo'")));
+        return Err(Error::Usage(String::from(
+            "nothing to run; give --kernel FILE or --firmware FILE, or try 'twofold demo'",
+        )));
     }
     for note in &args.notes {
         eprintln!("twofold: note: {note}");
@@ -71,10 +73,8 @@ fn run_guest(args: &RunArgs) -> Result<u8, Error> {
 }
 
 fn run_demo(args: &DemoArgs) -> Result<u8, Error> {
-    let power_off = demo::PowerOff {
-        port: acpi_pm::PM1_CONTROL,
-        value: u16::from(acpi_pm::SLEEP_TYPE_S5) << 10 | 1 << 13,
-    };
+    let power_off =
+        demo::PowerOff { port: acpi_pm::PM1_CONTROL, value: u16::from(acpi_pm::SLEEP_TYPE_S5) << 10 | 1 << 13 };
     let image = demo::image(power_off).map_err(Error::Internal)?;
     if let Some(path) = &args.image {
         return std::fs::write(path, image).map(|()| 0).map_err(|e| cannot_write(path, &e));

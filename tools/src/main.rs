@@ -37,9 +37,9 @@ fn main() -> ExitCode {
 /// The command line; none when it only asked for help, which has been printed.
 fn parse() -> Result<Option<cli::Cli>, String> {
     let args = std::env::args_os().skip(1).map(OsString::into_string);
-    let args: Vec<String> = args.collect::<Result<_, _>>().map_err(|arg| {
-        format!("the argument {} is not UTF-8; rename the file", arg.to_string_lossy())
-    })?;
+    let args: Vec<String> = args
+        .collect::<Result<_, _>>()
+        .map_err(|arg| format!("the argument {} is not UTF-8; rename the file", arg.to_string_lossy()))?;
     let args = qemu::normalise(args)?;
     match cli::Cli::try_parse_from(std::iter::once(String::from("twofold")).chain(args)) {
         Ok(cli) => Ok(Some(cli)),
@@ -47,10 +47,12 @@ fn parse() -> Result<Option<cli::Cli>, String> {
             let _ = e.print();
             Ok(None)
         }
-        Err(e) if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand || e.kind() == ErrorKind::MissingSubcommand => {
+        Err(e)
+            if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+                || e.kind() == ErrorKind::MissingSubcommand =>
+        {
             Err(String::from("no command; 'twofold --help' lists them, 'twofold demo' shows what this is"))
         }
         Err(e) => Err(cli::one_line(&e)),
     }
 }
-

@@ -84,7 +84,8 @@ pub fn normalise(args: impl IntoIterator<Item = String>) -> Result<Vec<String>, 
             }
             continue;
         };
-        let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value; 'twofold run --help' shows how it is used"));
+        let mut value =
+            || args.next().ok_or_else(|| format!("{arg} needs a value; 'twofold run --help' shows how it is used"));
         match meaning {
             Meaning::Value(ours) => out.push(format!("{ours}={}", value()?)),
             Meaning::With(translate) => {
@@ -187,15 +188,45 @@ mod tests {
     #[test]
     fn a_qemu_line_becomes_ours() {
         let args = [
-            "run", "-kernel", "k", "-initrd", "i", "-append", "-a b=c", "-m", "size=1G,slots=2", "-smp", "2,cores=2", "-cpu",
-            "max", "-serial", "mon:stdio", "-nographic", "-no-reboot", "-display", "none", "-device",
-            "isa-debug-exit,iobase=0xf4,iosize=0x04", "-accel", "tcg", "-nic", "none",
+            "run",
+            "-kernel",
+            "k",
+            "-initrd",
+            "i",
+            "-append",
+            "-a b=c",
+            "-m",
+            "size=1G,slots=2",
+            "-smp",
+            "2,cores=2",
+            "-cpu",
+            "max",
+            "-serial",
+            "mon:stdio",
+            "-nographic",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-device",
+            "isa-debug-exit,iobase=0xf4,iosize=0x04",
+            "-accel",
+            "tcg",
+            "-nic",
+            "none",
         ];
         assert_eq!(
             ours(&args).unwrap(),
             [
-                "run", "--kernel=k", "--initrd=i", "--append=-a b=c", "--memory=1G", "--cpus=2", "--cpu=max", "--serial=stdio",
-                "--serial=stdio", "--on-reset=exit"
+                "run",
+                "--kernel=k",
+                "--initrd=i",
+                "--append=-a b=c",
+                "--memory=1G",
+                "--cpus=2",
+                "--cpu=max",
+                "--serial=stdio",
+                "--serial=stdio",
+                "--on-reset=exit"
             ]
         );
     }

@@ -125,7 +125,9 @@ impl fmt::Display for Problem {
                 write!(f, "the command line has {len} characters and this kernel takes {max}; shorten --append")
             }
             Self::CommandLineNul => write!(f, "the command line has a NUL character in it; take it out of --append"),
-            Self::TooManyModules(n) => write!(f, "{n} modules are too many for the module list; give fewer with --initrd"),
+            Self::TooManyModules(n) => {
+                write!(f, "{n} modules are too many for the module list; give fewer with --initrd")
+            }
             Self::RomSize(size) => write!(
                 f,
                 "a firmware image of {size} bytes cannot be mapped; it must be 64 KiB to 16 MiB, a multiple of 4 KiB"

@@ -27,12 +27,13 @@ pub fn map(path: &Path, map: &mut PhysMap) -> Result<(), BootError> {
 
 fn map_image(rom: &[u8], map: &mut PhysMap) -> Result<(), Problem> {
     let size = rom.len() as u64;
-    if !(MIN..=MAX).contains(&size) || size % 0x1000 != 0 {
+    if !(MIN..=MAX).contains(&size) || !size.is_multiple_of(0x1000) {
         return Err(Problem::RomSize(size));
     }
     let legacy = size.min(LEGACY);
     let top = &rom[(size - legacy) as usize..];
-    let placed = map.add_rom(PhysAddr((1 << 32) - size), rom).and_then(|()| map.add_rom(PhysAddr((1 << 20) - legacy), top));
+    let placed =
+        map.add_rom(PhysAddr((1 << 32) - size), rom).and_then(|()| map.add_rom(PhysAddr((1 << 20) - legacy), top));
     placed.map_err(|_| Problem::RomSize(size))
 }
 

@@ -77,7 +77,8 @@ pub(crate) fn read_file(path: &Path, memory: u64) -> Result<Vec<u8>, BootError> 
     }
     // A pipe or a device says 0, or could go on for ever: the limit holds for it, too.
     let mut bytes = Vec::with_capacity(size as usize);
-    let read = file.by_ref().take(memory.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| error(Problem::Read(e)))?;
+    let read =
+        file.by_ref().take(memory.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| error(Problem::Read(e)))?;
     if read as u64 > memory {
         return Err(error(Problem::TooLarge { size: read as u64, memory }));
     }

@@ -80,7 +80,8 @@ impl Setup {
         let load_flags = if since(0x200) { byte(field::LOAD_FLAGS)? } else { 0 };
         let xload = if since(0x20c) { u16_at(file, field::XLOAD_FLAGS, WHAT)? } else { 0 };
         // Before 2.04 the size had 16 bits.
-        let paragraphs = if since(0x204) { word(field::SYS_SIZE)? } else { u32::from(u16_at(file, field::SYS_SIZE, WHAT)?) };
+        let paragraphs =
+            if since(0x204) { word(field::SYS_SIZE)? } else { u32::from(u16_at(file, field::SYS_SIZE, WHAT)?) };
         Ok(Self {
             version,
             kernel_at: (sectors + 1) * 512,
@@ -143,7 +144,7 @@ fn load_address(guest: &Guest<'_>, setup: &Setup, room: u64) -> Result<u64, Boot
         return guest.check_room(KERNEL, at, room).map(|()| at);
     }
     let preferred = setup.pref_address;
-    if preferred >= 1 << 20 && preferred < 1 << 32 && guest.check_room(KERNEL, preferred, room).is_ok() {
+    if (1 << 20..1 << 32).contains(&preferred) && guest.check_room(KERNEL, preferred, room).is_ok() {
         return Ok(preferred);
     }
     let alignment = setup.alignment.max(1);

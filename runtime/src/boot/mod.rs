@@ -156,7 +156,11 @@ impl Guest<'_> {
                     || (addr >= twofold_mmu::physmap::HIGH_RAM_BASE && end <= self.map.high_ram_end().0)
             }
         };
-        if fits || len == 0 { Ok(()) } else { Err(self.error(Problem::NoRoom { what, addr, len, memory: self.config.memory })) }
+        if fits || len == 0 {
+            Ok(())
+        } else {
+            Err(self.error(Problem::NoRoom { what, addr, len, memory: self.config.memory }))
+        }
     }
 
     /// Writes the command line, NUL-terminated, where every boot protocol may have it; returns its address.
@@ -177,7 +181,7 @@ impl Guest<'_> {
 
     /// Makes `len` bytes at `addr` zero, without touching (and so committing) memory that is zero already.
     pub fn clear(&self, addr: u64, len: u64) {
-        const ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];
+        static ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];
         let mut chunk = vec![0u8; ZEROES.len()];
         let (mut at, end) = (addr, addr.saturating_add(len));
         while at < end {
@@ -231,7 +235,7 @@ fn write_identity_map(map: &PhysMap) {
     let pdpt = layout::PAGE_TABLES + 0x1000;
     tables[0] = pdpt | PRESENT_WRITABLE;
     for i in 0..4 {
-        tables[512 + i] = pdpt + 0x1000 * (i as u64 + 1) | PRESENT_WRITABLE;
+        tables[512 + i] = (pdpt + 0x1000 * (i as u64 + 1)) | PRESENT_WRITABLE;
     }
     for (i, entry) in tables[1024..].iter_mut().enumerate() {
         *entry = (i as u64) << 21 | ACCESSED_DIRTY_LARGE | PRESENT_WRITABLE;
@@ -294,7 +298,8 @@ impl EntryState {
         }
         state.seg[SegReg::Cs as usize] = load(CODE_SELECTOR);
         state.seg[SegReg::Tr as usize] = load(TSS_SELECTOR);
-        state.seg[SegReg::Ldtr as usize] = Segment { attr: twofold_arch::segment::attr::UNUSABLE, ..Segment::default() };
+        state.seg[SegReg::Ldtr as usize] =
+            Segment { attr: twofold_arch::segment::attr::UNUSABLE, ..Segment::default() };
         state.gdtr = Table { base: layout::GDT, limit: descriptors.len() as u64 * 8 - 1 };
         state.idtr = Table { base: 0, limit: 0 };
         state.cr0 = cr0::PE | cr0::ET;

@@ -113,7 +113,11 @@ fn load_by_addresses(guest: &mut Guest<'_>, header: Header) -> Result<(u64, u64)
         end => end.checked_sub(load).ok_or_else(|| bad("the Multiboot load end address", end))?,
     };
     let bytes = slice(file, start, len).ok_or_else(|| {
-        guest.error(Problem::Truncated { what: "Multiboot image", needed: start.saturating_add(len), size: file.len() as u64 })
+        guest.error(Problem::Truncated {
+            what: "Multiboot image",
+            needed: start.saturating_add(len),
+            size: file.len() as u64,
+        })
     })?;
     let bss = bss_end.saturating_sub(load + len);
     guest.check_room("the kernel", load, len + bss)?;

@@ -37,7 +37,10 @@ fn place_module(guest: &mut Guest<'_>, path: &str, kernel_end: u64) -> Result<(u
     let top = guest.map.low_ram_end().0;
     let at = top.saturating_sub(len) & !0xfff;
     if at < kernel_end.max(1 << 20) {
-        return Err(BootError::new(path, Problem::NoRoom { what: "the initrd", addr: at, len, memory: guest.config.memory }));
+        return Err(BootError::new(
+            path,
+            Problem::NoRoom { what: "the initrd", addr: at, len, memory: guest.config.memory },
+        ));
     }
     guest.map.write(PhysAddr(at), &data);
     guest.note(format!("initrd: {len:#x} bytes at {at:#x}"));

@@ -97,7 +97,9 @@ fn elf(is_64: bool, note: bool) -> Vec<u8> {
         let at = ehsize + i * phsize;
         put(&mut file, at, &kind.to_le_bytes());
         if is_64 {
-            for (n, v) in [(8, offset), (16, addr | 0xffff_ffff_8000_0000), (24, addr), (32, file_size), (40, mem_size), (48, 4)] {
+            for (n, v) in
+                [(8, offset), (16, addr | 0xffff_ffff_8000_0000), (24, addr), (32, file_size), (40, mem_size), (48, 4)]
+            {
                 put(&mut file, at + n, &v.to_le_bytes());
             }
         } else {
@@ -155,7 +157,7 @@ fn a_64_bit_linux_kernel() {
     assert_eq!(usize::from(entries), e820::map(MEMORY).len());
     assert_eq!(quad(&map, zero_page + 0x2d0 + 8), e820::CONVENTIONAL_END);
     // The identity map reaches its last page.
-    let pd = quad(&map, quad(&map, quad(&map, layout::PAGE_TABLES) & !0xfff) + 24 & !0xfff | 0xff8);
+    let pd = quad(&map, (quad(&map, quad(&map, layout::PAGE_TABLES) & !0xfff) + 24) & !0xfff | 0xff8);
     assert_eq!(quad(&map, layout::PAGE_TABLES_END - 8), 0xffe0_00e3, "{pd:#x}");
 }
 
@@ -167,7 +169,10 @@ fn entry_states_are_what_the_protocols_want() {
     assert_eq!((state.rip, state.gpr[6], state.gpr[2], state.rflags()), (0x100_0200, 0x7000, 0, 2));
     let cs = state.seg[SegReg::Cs as usize];
     assert!(cs.has(attr::L | attr::P | attr::CODE | attr::S) && !cs.has(attr::DB));
-    assert_eq!((cs.selector, state.seg[SegReg::Ss as usize].selector, state.seg[SegReg::Ss as usize].limit), (0x10, 0x18, u32::MAX));
+    assert_eq!(
+        (cs.selector, state.seg[SegReg::Ss as usize].selector, state.seg[SegReg::Ss as usize].limit),
+        (0x10, 0x18, u32::MAX)
+    );
     assert_eq!((state.cr0, state.cr3, state.cr4, state.efer), (cr0::PE | cr0::ET | cr0::PG, 0x9000, cr4::PAE, 0x500));
     assert_eq!(state.seg[SegReg::Tr as usize].attr & 0x8f, 0x8b);
 
@@ -340,7 +345,12 @@ fn missing_files_and_long_command_lines() {
     let nothing = load(&Config::default(), &memory_map(MEMORY)).unwrap_err().to_string();
     assert!(nothing.contains("--kernel"), "{nothing}");
     let missing = Config { kernel: Some("/nonexistent/vmlinuz".into()), ..Config::default() };
-    assert!(load(&missing, &memory_map(MEMORY)).unwrap_err().to_string().starts_with("/nonexistent/vmlinuz: cannot be read"));
+    assert!(
+        load(&missing, &memory_map(MEMORY))
+            .unwrap_err()
+            .to_string()
+            .starts_with("/nonexistent/vmlinuz: cannot be read")
+    );
     let directory = Config { kernel: Some(std::env::temp_dir()), ..Config::default() };
     assert!(load(&directory, &memory_map(MEMORY)).unwrap_err().to_string().contains("cannot be read"));
     let kernel = TempFile::new(&bzimage());

@@ -102,7 +102,7 @@ impl AcpiPm {
     fn schedule(&mut self, now: u64) {
         // The timer's status bit is set whenever bit 23 changes.
         self.deadline = (self.enable & TIMER_STATUS != 0 && self.status & TIMER_STATUS == 0).then(|| {
-            let next = (Self::ticks(now) >> 23) + 1 << 23;
+            let next = ((Self::ticks(now) >> 23) + 1) << 23;
             (u128::from(next) * 1_000_000_000).div_ceil(u128::from(PM_TIMER_HZ)) as u64
         });
     }

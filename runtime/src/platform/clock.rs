@@ -96,7 +96,7 @@ mod host_tsc {
     pub fn now(base: u64, mult: u64) -> u64 {
         // Another core's TSC may read a hair less than the base did on this one.
         let ticks = rdtsc().saturating_sub(base);
-        (u128::from(ticks) * u128::from(mult) >> 32) as u64
+        ((u128::from(ticks) * u128::from(mult)) >> 32) as u64
     }
 
     fn is_invariant() -> bool {

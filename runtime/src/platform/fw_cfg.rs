@@ -40,7 +40,8 @@ impl FwCfg {
             (MAX_CPUS, cpus),
         ];
         let mut device = Self { items, files: Vec::new(), selected: SIGNATURE, offset: 0 };
-        let e820: Vec<u8> = crate::boot::e820::map(memory).iter().flat_map(crate::boot::e820::Entry::to_bytes).collect();
+        let e820: Vec<u8> =
+            crate::boot::e820::map(memory).iter().flat_map(crate::boot::e820::Entry::to_bytes).collect();
         device.add_file("etc/e820", e820);
         device
     }

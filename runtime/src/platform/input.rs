@@ -17,7 +17,8 @@ const QUEUE: usize = 4096;
 const ESCAPE: u8 = 0x01;
 
 /// What `Ctrl-a h` prints.
-pub const ESCAPE_HELP: &str = "\r\nCtrl-a h    this help\r\nCtrl-a x    quit twofold\r\nCtrl-a Ctrl-a    send Ctrl-a to the guest\r\n";
+pub const ESCAPE_HELP: &str =
+    "\r\nCtrl-a h    this help\r\nCtrl-a x    quit twofold\r\nCtrl-a Ctrl-a    send Ctrl-a to the guest\r\n";
 
 /// The guest's side of the queue.
 #[derive(Debug)]

@@ -126,11 +126,7 @@ impl IoApic {
 
     fn write_entry(&mut self, pin: usize, high: bool, value: u32) {
         let old = self.entry[pin];
-        let new = if high {
-            old & 0xffff_ffff | u64::from(value) << 32
-        } else {
-            old & !0xffff_ffff | u64::from(value)
-        };
+        let new = if high { old & 0xffff_ffff | u64::from(value) << 32 } else { old & !0xffff_ffff | u64::from(value) };
         let mut new = new & DEFINED & !READ_ONLY | old & READ_ONLY;
         if new & LEVEL == 0 {
             // Edge mode has no remote IRR; Linux flips the mode to clear a stuck one.

@@ -500,7 +500,7 @@ impl LocalApic {
             0x280 => self.esr,
             0x300 => self.icr as u32,
             0x310 => (self.icr >> 32) as u32,
-            0x320..=0x370 => self.lvt[(offset - 0x320 >> 4) as usize],
+            0x320..=0x370 => self.lvt[((offset - 0x320) >> 4) as usize],
             0x380 => self.initial_count,
             0x390 => self.current_count(now),
             0x3e0 => self.divide,
@@ -522,7 +522,7 @@ impl LocalApic {
             0x280 => self.esr = std::mem::take(&mut self.esr_gathered),
             0x320 => self.write_lvt_timer(value),
             0x330..=0x370 => {
-                let index = (offset - 0x320 >> 4) as usize;
+                let index = ((offset - 0x320) >> 4) as usize;
                 let writable = match index {
                     LINT0 | LINT1 => 0x1_a7ff,
                     ERROR => 0x1_00ff,
@@ -565,7 +565,11 @@ impl LocalApic {
         Effect::None
     }
 
-    /// RDMSR; `Err` is #GP(0).
+    /// RDMSR.
+    ///
+    /// # Errors
+    /// The access raises #GP(0).
+    #[allow(clippy::result_unit_err)] // #GP(0) is all there is to say
     pub fn msr_read(&mut self, number: u32, now: u64) -> Result<u64, ()> {
         match number {
             msr::APIC_BASE => Ok(self.base),
@@ -583,7 +587,11 @@ impl LocalApic {
         }
     }
 
-    /// WRMSR; `Err` is #GP(0).
+    /// WRMSR.
+    ///
+    /// # Errors
+    /// The access raises #GP(0).
+    #[allow(clippy::result_unit_err)] // #GP(0) is all there is to say
     pub fn msr_write(&mut self, number: u32, value: u64, now: u64) -> Result<Effect, ()> {
         match number {
             msr::APIC_BASE => self.write_base(value).map(|()| Effect::None),

@@ -156,12 +156,18 @@ pub struct Platform {
     deadline: u64,
     counters: Counters,
     unclaimed: BTreeSet<u16>,
-    trace: Option<Box<dyn FnMut(&str) + Send>>,
+    trace: Option<TraceSink>,
 }
+
+/// Takes one line of a trace.
+pub type TraceSink = Box<dyn FnMut(&str) + Send>;
 
 impl std::fmt::Debug for Platform {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Platform").field("cpus", &self.cpus.len()).field("outcome", &self.outcome).finish_non_exhaustive()
+        f.debug_struct("Platform")
+            .field("cpus", &self.cpus.len())
+            .field("outcome", &self.outcome)
+            .finish_non_exhaustive()
     }
 }
 
@@ -204,7 +210,10 @@ impl Platform {
                 Console::Stdio => Box::new(std::io::stdout()),
                 Console::None => Box::new(std::io::sink()),
                 Console::File(path) => Box::new(std::fs::File::create(path).map_err(|e| {
-                    Error::Usage(format!("{option}: cannot create {}: {e}; name a file in a directory you may write to", path.display()))
+                    Error::Usage(format!(
+                        "{option}: cannot create {}: {e}; name a file in a directory you may write to",
+                        path.display()
+                    ))
                 })?),
             })
         };
@@ -223,7 +232,7 @@ impl Platform {
     }
 
     /// Every accessed port that nothing answers is reported here, once.
-    pub fn set_trace(&mut self, trace: Box<dyn FnMut(&str) + Send>) {
+    pub fn set_trace(&mut self, trace: TraceSink) {
         self.trace = Some(trace);
     }
 
@@ -343,8 +352,13 @@ impl Platform {
     /// Recomputes the earliest deadline.
     fn reschedule(&mut self) {
         let timers = self.cpus.iter().filter_map(|c| c.apic.deadline());
-        let devices =
-            [self.pit.deadline(), self.rtc.deadline(), self.acpi.deadline(), self.uart.deadline(), self.debugcon.deadline()];
+        let devices = [
+            self.pit.deadline(),
+            self.rtc.deadline(),
+            self.acpi.deadline(),
+            self.uart.deadline(),
+            self.debugcon.deadline(),
+        ];
         self.deadline = timers.chain(devices.into_iter().flatten()).min().unwrap_or(NEVER);
     }
 
@@ -585,9 +599,8 @@ impl Platform {
             (0xcf8..=0xcff, _) => u32::MAX,
             (acpi_pm::FIRST_PORT..=acpi_pm::LAST_PORT, _) => self.acpi.read(port, size, now),
             (0x402, _) => u32::from(DebugConsole::PRESENT),
-            _ => (0..size.min(4)).fold(0, |word, i| {
-                word | u32::from(self.port_read(port.wrapping_add(u16::from(i)), now)) << (8 * i)
-            }),
+            _ => (0..size.min(4))
+                .fold(0, |word, i| word | u32::from(self.port_read(port.wrapping_add(u16::from(i)), now)) << (8 * i)),
         };
         value & ones(size)
     }

@@ -226,7 +226,7 @@ impl Counter {
 }
 
 fn to_bcd(v: u16) -> u16 {
-    v / 1000 % 10 << 12 | v / 100 % 10 << 8 | v / 10 % 10 << 4 | v % 10
+    (v / 1000 % 10) << 12 | (v / 100 % 10) << 8 | (v / 10 % 10) << 4 | (v % 10)
 }
 
 fn from_bcd(raw: u16) -> u32 {
@@ -314,7 +314,7 @@ impl Pit {
     /// Port 0x61: gate 2, speaker, the refresh toggle (every 15 µs) and output 2.
     #[must_use]
     pub fn read_port61(&self, now: u64) -> u8 {
-        let refresh = (now / 15_085 & 1) as u8;
+        let refresh = ((now / 15_085) & 1) as u8;
         self.port61 | refresh << 4 | u8::from(self.counter[2].output(now)) << 5
     }
 

@@ -278,10 +278,12 @@ fn no_guest_access_panics() {
         seed ^= seed << 17;
         seed
     };
-    let ports = [0x20, 0x21, 0x40, 0x43, 0x60, 0x61, 0x64, 0x70, 0x71, 0x3f8, 0x3fc, 0x510, 0x511, 0x600, 0x604, 0x60b, 0xcf8];
+    let ports =
+        [0x20, 0x21, 0x40, 0x43, 0x60, 0x61, 0x64, 0x70, 0x71, 0x3f8, 0x3fc, 0x510, 0x511, 0x600, 0x604, 0x60b, 0xcf8];
     for _ in 0..200_000 {
         let (r, value) = (next(), next() as u32);
-        let port = if r & 7 == 0 { (r >> 8) as u16 } else { ports[(r >> 8) as usize % ports.len()] + (r >> 16 & 3) as u16 };
+        let port =
+            if r & 7 == 0 { (r >> 8) as u16 } else { ports[(r >> 8) as usize % ports.len()] + (r >> 16 & 3) as u16 };
         let size = [1u8, 2, 4][(r >> 24) as usize % 3];
         let cpu = (r >> 30 & 1) as usize;
         p.io_write(port, size, value);
