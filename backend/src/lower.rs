@@ -47,7 +47,7 @@ pub(crate) struct Lowered {
 pub(crate) struct Buffers {
     values: Vec<Option<Clif>>,
     wide: Vec<Option<Clif>>,
-    functions: Vec<((u32, u32), FuncRef)>,
+    functions: Vec<((u32, u32, Shape), FuncRef)>,
 }
 
 /// Parameter and result lists of the thunks.
@@ -210,11 +210,14 @@ impl Lowering<'_> {
         let ty = self.cur.func.dfg.value_type(v);
         self.cur.ins().Store(Opcode::Store, ty, flags, Offset32::new(offset), v, base);
     }
+    /// Vector fields may be read and written at 8-byte alignment.
     fn load_state(&mut self, ty: Type, offset: usize) -> Clif {
-        self.load_at(ty, self.state, offset as i32, self.trusted)
+        let flags = if ty == V { self.guest } else { self.trusted };
+        self.load_at(ty, self.state, offset as i32, flags)
     }
     fn store_state(&mut self, v: Clif, offset: usize) {
-        self.store_at(v, self.state, offset as i32, self.trusted);
+        let flags = if self.cur.func.dfg.value_type(v) == V { self.guest } else { self.trusted };
+        self.store_at(v, self.state, offset as i32, flags);
     }
 
     // ---- blocks and calls -------------------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ impl Lowering<'_> {
         b
     }
     fn function(&mut self, space: u32, index: u32, shape: Shape) -> FuncRef {
-        if let Some(&(_, f)) = self.buf.functions.iter().find(|(key, _)| *key == (space, index)) {
+        if let Some(&(_, f)) = self.buf.functions.iter().find(|(key, _)| *key == (space, index, shape)) {
             return f;
         }
         let signature = match self.signatures.iter().find(|(s, _)| *s == shape) {
@@ -243,16 +246,20 @@ impl Lowering<'_> {
         let name = self.cur.func.declare_imported_user_function(UserExternalName { namespace: space, index });
         let data = ExtFuncData { name: ExternalName::user(name), signature, colocated: true, patchable: false };
         let f = self.cur.func.import_function(data);
-        self.buf.functions.push(((space, index), f));
+        self.buf.functions.push(((space, index, shape), f));
         f
     }
-    /// Calls a thunk; the state is the first argument. Returns its first result.
-    fn call(&mut self, thunk: Thunk, shape: Shape, args: &[Clif]) -> Option<Clif> {
+    /// Calls a thunk; the state is the first argument.
+    fn call_results(&mut self, thunk: Thunk, shape: Shape, args: &[Clif]) -> &[Clif] {
         let f = self.function(NAME_THUNK, thunk.index() as u32, shape);
         let mut all = [self.state; 6];
         all[1..=args.len()].copy_from_slice(args);
         let inst = self.cur.ins().call(f, &all[..=args.len()]);
-        self.cur.func.dfg.inst_results(inst).first().copied()
+        self.cur.func.dfg.inst_results(inst)
+    }
+    /// The same, for a thunk with one result or whose first is wanted.
+    fn call(&mut self, thunk: Thunk, shape: Shape, args: &[Clif]) -> Option<Clif> {
+        self.call_results(thunk, shape, args).first().copied()
     }
     /// Ends the block by going to a thunk; the state is the first argument.
     fn tail(&mut self, thunk: Thunk, args: &[Clif]) {

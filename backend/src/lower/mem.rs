@@ -22,10 +22,7 @@ impl Lowering<'_> {
         if let Some(thunk) = self.probe_thunk(AccessKind::Load, ty, flags) {
             // RDX is the thunk's to clobber: the second result.
             let shape = if vector { Shape { vec_rets: 1, ..Shape::call(2, 2) } } else { Shape::call(2, 2) };
-            let f = self.function(super::NAME_THUNK, thunk.index() as u32, shape);
-            let args = [self.state, addr];
-            let inst = self.cur.ins().call(f, &args);
-            let v = self.cur.func.dfg.inst_results(inst)[if vector { 2 } else { 0 }];
+            let v = self.call_results(thunk, shape, &[addr])[if vector { 2 } else { 0 }];
             if vector {
                 self.set(i, v);
             } else {
@@ -61,7 +58,8 @@ impl Lowering<'_> {
             if ty == Ty::V128 {
                 self.call(thunk, Shape { vecs: 1, ..Shape::call(2, 1) }, &[addr, x]);
             } else {
-                let x = self.any64(v)?;
+                // The upper bits do not matter, but they must be a register's.
+                let x = self.zext64(v)?;
                 self.call(thunk, Shape::call(3, 1), &[addr, x]);
             }
             return Ok(());
@@ -113,11 +111,6 @@ impl Lowering<'_> {
         Thunk::probe(kind, ty.log2_bytes(), flags, self.block.flags.mem_mode(), self.full)
     }
 
-    /// An integer value in 64 bits whose upper ones do not matter.
-    fn any64(&mut self, v: Value) -> Result<Clif, CompileError> {
-        self.zext64(v)
-    }
-
     /// Probes the TLB; `operands` are what the slow path needs beside the address.
     fn host_address(
         &mut self,
@@ -131,10 +124,9 @@ impl Lowering<'_> {
         let view = layout::tlb_view(mode as usize);
         let size = i64::from(ty.bytes());
         let vector = ty == Ty::V128;
-        // Widened for the slow path here, so that the cold block needs no value of its own.
         let mut args = [addr; 4];
         for (to, &v) in args[2..].iter_mut().zip(operands) {
-            *to = if vector { self.get(v)? } else { self.get(v)? };
+            *to = self.get(v)?;
         }
 
         let index = self.cur.ins().ushr_imm_u(addr, i64::from(layout::TLB_SHIFT));

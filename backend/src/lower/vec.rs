@@ -82,8 +82,9 @@ impl Lowering<'_> {
                 None => v[1],
             };
         }
-        let shape = Shape { tail: false, ints: 2, vecs: 3, rets: 0, vec_rets: 1 };
-        let r = self.call(Thunk::VEC_EVAL, shape, &v).ok_or(CompileError::Malformed)?;
+        // RAX is the thunk's to clobber: the first result.
+        let shape = Shape { tail: false, ints: 2, vecs: 3, rets: 1, vec_rets: 1 };
+        let r = self.call_results(Thunk::VEC_EVAL, shape, &v)[1];
         if sig.result == Ty::V128 {
             return Ok(r);
         }
