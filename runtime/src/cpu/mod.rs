@@ -18,6 +18,9 @@ pub mod string;
 pub mod table;
 pub mod task;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 
 pub use control::reset;

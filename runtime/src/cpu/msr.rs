@@ -21,7 +21,7 @@ pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// IA32_MISC_ENABLE after reset: fast strings; branch trace storage and event-based sampling unavailable.
 pub const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
 /// Microcode revision that IA32_BIOS_SIGN_ID shows.
-pub const MICROCODE_REVISION: u64 = 0xd000_3f6;
+pub const MICROCODE_REVISION: u64 = 0x0d00_03f6;
 /// IA32_MTRRCAP: the variable ranges, fixed ranges, write-combining.
 const MTRRCAP: u64 = VARIABLE_MTRRS as u64 | 1 << 8 | 1 << 10;
 /// IA32_SPEC_CTRL bits that may be set: IBRS, STIBP, SSBD, IPRED_DIS_U, IPRED_DIS_S, RRSBA_DIS_U, RRSBA_DIS_S, BHI_DIS_S.

@@ -153,10 +153,8 @@ pub fn load_seg(v: &mut Vcpu, index: usize, selector: u16) -> Result<(), Trap> {
     } else {
         real_segment(&v.state.seg[index], selector, is_v86(&v.state))
     };
+    // The shadow of MOV SS and POP SS is the front end's to open: LSS has none.
     v.state.seg[index] = seg;
-    if index == SS {
-        v.state.shadow |= 2;
-    }
     Ok(())
 }
 

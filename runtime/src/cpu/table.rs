@@ -137,3 +137,10 @@ unsafe extern "C" fn thunk<const N: usize>(state: *mut CpuState, a: u64, b: u64,
         }
     }
 }
+
+/// Calls a thunk as translated code does.
+#[cfg(test)]
+pub(super) fn call_thunk(helper: Helper, state: *mut CpuState, [a, b, c, d]: [u64; 4]) -> u64 {
+    // SAFETY: the tests pass the state of a live vCPU.
+    unsafe { HELPERS[helper as usize](state, a, b, c, d) }
+}
