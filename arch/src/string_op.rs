@@ -7,7 +7,13 @@
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum StringKind {
-    Movs = 0, Stos = 1, Lods = 2, Cmps = 3, Scas = 4, Ins = 5, Outs = 6,
+    Movs = 0,
+    Stos = 1,
+    Lods = 2,
+    Cmps = 3,
+    Scas = 4,
+    Ins = 5,
+    Outs = 6,
 }
 
 /// Its repeat prefix. `Rep` is REPE for CMPS and SCAS.
@@ -15,7 +21,9 @@ pub enum StringKind {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum Repeat {
-    None = 0, Rep = 1, Repne = 2,
+    None = 0,
+    Rep = 1,
+    Repne = 2,
 }
 
 /// A string instruction with everything that its bytes say.
