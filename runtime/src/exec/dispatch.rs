@@ -111,9 +111,6 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32) -> Result<(), R
             vcpu.state.budget = SLICE;
             *granted = SLICE;
         }
-        if vcpu.jit.compile_ready() {
-            super::compile::install_ready(vcpu);
-        }
         deliver_pending(vcpu).map_err(RunEnd::Shutdown)?;
         if vcpu.state.halted == 0 {
             return Ok(());
@@ -212,6 +209,9 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
             let off = vcpu.jit.tbs.get(id).key.pa.page_offset();
             set_rip(vcpu, off as i32);
             return Next::Events;
+        }
+        if vcpu.jit.compile_ready() {
+            super::compile::install_ready(vcpu);
         }
         if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
             super::compile::compile_now(vcpu, id);
