@@ -221,9 +221,7 @@ fn extract(t: &mut Translator<'_>, op: VecOp) {
 
 fn emms(t: &mut Translator<'_>) {
     t.check_x87_pending();
-    // TOP keeps its value: EMMS changes the tags alone.
-    let empty = t.b.iconst(Ty::I16, 0);
-    t.b.put(Loc::FTW, empty);
+    t.set_tags(0);
 }
 
 fn to_mm(t: &mut Translator<'_>) {

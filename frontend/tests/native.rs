@@ -6,8 +6,9 @@
 mod native;
 
 mod forms;
+mod legacy;
 
-use native::{Form, Native, Runner, USER64, check_block, reference, translate_one};
+use native::{Form, Native, Runner, check_block, reference, translate_one};
 use twofold_ir::eval::Program;
 use twofold_ir::passes::{Options, Passes};
 
@@ -18,7 +19,7 @@ fn run_all(what: &str, forms: &[Form], times: usize, simplify: bool, run: &mut R
     let mut runs = 0;
     let mut failures = Vec::new();
     for form in forms {
-        let mut block = translate_one(&form.bytes, USER64);
+        let mut block = translate_one(&form.bytes, form.mode.key());
         if let Err(e) = twofold_ir::verify::verify(&block) {
             failures.push(format!("{}: {e:?}", form.name));
         }
@@ -43,4 +44,11 @@ fn reference_evaluator() {
 fn passes_and_evaluator() {
     let mut run = |block: &twofold_ir::Block, env: &mut native::TestEnv| Program::new(block).run(env);
     run_all("passes and evaluator", &forms::integer(), 100, true, &mut run);
+}
+
+#[test]
+fn legacy_code_sizes() {
+    run_all("16- and 32-bit code", &legacy::forms(), 100, false, &mut reference);
+    let mut run = |block: &twofold_ir::Block, env: &mut native::TestEnv| Program::new(block).run(env);
+    run_all("16- and 32-bit code, evaluator", &legacy::forms(), 50, true, &mut run);
 }

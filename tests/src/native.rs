@@ -179,10 +179,67 @@ struct Shared {
     running: u64,
     signal: u64,
     code: u64,
+    flat_ss: u64,
+    ss: u64,
+    ds: u64,
 }
 
-static mut SHARED: Shared =
-    Shared { host_rsp: 0, regs: core::ptr::null_mut(), temp: 0, running: 0, signal: 0, code: 0 };
+static mut SHARED: Shared = Shared {
+    host_rsp: 0,
+    regs: core::ptr::null_mut(),
+    temp: 0,
+    running: 0,
+    signal: 0,
+    code: 0,
+    flat_ss: FLAT,
+    ss: FLAT,
+    ds: FLAT,
+};
+
+/// Linux's flat user data segment, its 32-bit and 64-bit code segments.
+const FLAT: u64 = 0x2b;
+const CODE32: u16 = 0x23;
+const CODE64: u16 = 0x33;
+/// Our 16-bit code and data segments in the LDT.
+const LDT_CODE: u16 = 0x07;
+const LDT_DATA: u16 = 0x0f;
+/// Limit of the 16-bit data segment: the scratch area.
+const LIMIT16: u32 = SCRATCH_LEN as u32 - 1;
+
+/// The code size a form runs in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// 64-bit code.
+    Bits64,
+    /// 32-bit code with flat segments.
+    Bits32,
+    /// 16-bit protected-mode code: CS is based at the code page, DS, ES and SS at the scratch area with its size for limit.
+    Bits16,
+}
+
+impl Mode {
+    /// Where pointer registers point by default.
+    #[must_use]
+    pub fn middle(self) -> u64 {
+        if self == Mode::Bits16 { SCRATCH_LEN as u64 / 2 } else { MIDDLE }
+    }
+    /// RIP of the instruction.
+    #[must_use]
+    pub fn rip(self) -> u64 {
+        if self == Mode::Bits16 { 0 } else { CODE }
+    }
+    /// The key it is translated under.
+    #[must_use]
+    pub fn key(self) -> TbFlags {
+        let user = 3 << TbFlags::CPL_SHIFT | TbFlags::PROTECTED | TbFlags::LONG;
+        let flat = 0xf << TbFlags::NOLIMIT_SHIFT | 0xf << TbFlags::ZERO_BASE_SHIFT | TbFlags::SS32;
+        TbFlags(match self {
+            Mode::Bits64 => user | 2,
+            Mode::Bits32 => user | 1 | flat,
+            Mode::Bits16 => user,
+        })
+    }
+}
 
 /// Loads all registers from `regs` and jumps to `SHARED.code`.
 ///
@@ -199,6 +256,9 @@ unsafe extern "C" fn run_native(regs: *mut Regs) {
         "push qword ptr [rdi + 640]",
         "popfq",
         "mov qword ptr [rip + {s} + 24], 1",
+        "mov ds, [rip + {s} + 64]",
+        "mov es, [rip + {s} + 64]",
+        "mov ss, [rip + {s} + 56]",
         "mov rax, [rdi + 512]", "mov rcx, [rdi + 520]", "mov rdx, [rdi + 528]", "mov rbx, [rdi + 536]",
         "mov rsp, [rdi + 544]", "mov rbp, [rdi + 552]", "mov rsi, [rdi + 560]",
         "mov r8, [rdi + 576]", "mov r9, [rdi + 584]", "mov r10, [rdi + 592]", "mov r11, [rdi + 600]",
@@ -213,6 +273,7 @@ unsafe extern "C" fn run_native(regs: *mut Regs) {
 #[unsafe(naked)]
 unsafe extern "C" fn come_back() {
     core::arch::naked_asm!(
+        "mov ss, [rip + {s} + 48]",
         "mov [rip + {s} + 16], rax",
         "mov rax, [rip + {s} + 8]",
         "mov [rax + 520], rcx", "mov [rax + 528], rdx", "mov [rax + 536], rbx", "mov [rax + 544], rsp",
@@ -247,13 +308,17 @@ extern "C" fn on_signal(signal: libc::c_int, _info: *mut libc::siginfo_t, contex
         }
         (*shared).signal = signal as u64;
         let uc = context.cast::<libc::ucontext_t>();
-        (*uc).uc_mcontext.gregs[libc::REG_RIP as usize] = come_back as *const () as i64;
+        let gregs = &mut (*uc).uc_mcontext.gregs;
+        gregs[libc::REG_RIP as usize] = come_back as *const () as i64;
+        // CS, GS, FS, SS, 16 bits each.
+        let segments = gregs[libc::REG_CSGSFS as usize] as u64;
+        gregs[libc::REG_CSGSFS as usize] = (segments & 0x0000_ffff_ffff_0000 | u64::from(CODE64) | FLAT << 48) as i64;
     }
 }
 
 /// The host side: code page and scratch area.
 pub struct Native {
-    code_len: usize,
+    mode: Mode,
 }
 
 static NATIVE: OnceLock<Mutex<Native>> = OnceLock::new();
@@ -267,7 +332,9 @@ impl Native {
         let m = NATIVE.get_or_init(|| {
             map(CODE, 0x1000);
             map(SCRATCH, SCRATCH_LEN);
-            Mutex::new(Native { code_len: 0 })
+            ldt(0, CODE, 0xffff, 2);
+            ldt(1, SCRATCH, LIMIT16, 0);
+            Mutex::new(Native { mode: Mode::Bits64 })
         });
         let guard = m.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         signals();
@@ -275,38 +342,45 @@ impl Native {
     }
 
     /// Places an instruction: a fall-through and, [`TAKEN`] bytes further, a taken path go back.
-    pub fn set_code(&mut self, insn: &[u8]) {
-        let mut code = insn.to_vec();
-        let back = (come_back as *const () as u64).to_le_bytes();
-        let jump_back = |code: &mut Vec<u8>| {
-            code.extend([0xff, 0x25, 0, 0, 0, 0]);
-            code.extend(back);
+    pub fn set_code(&mut self, insn: &[u8], mode: Mode) {
+        let mut code = vec![0x90u8; 0x300];
+        code[..insn.len()].copy_from_slice(insn);
+        let (done, taken) = (0x200usize, 0x240usize);
+        // SAFETY: only addresses are taken.
+        let (mark, temp) = unsafe { (&raw mut SHARED.signal as u64, &raw mut SHARED.temp as u64) };
+        let mut put = |at: usize, parts: &[&[u8]]| {
+            let bytes = parts.concat();
+            code[at..at + bytes.len()].copy_from_slice(&bytes);
         };
-        jump_back(&mut code);
-        assert_eq!(code.len(), insn.len() + TAKEN);
-        // Taken: mov [rip -> regs.taken is behind a pointer; use SHARED.signal = 0x100 as the mark.
-        // SAFETY: only its address is taken.
-        let mark = unsafe { &raw mut SHARED.signal } as u64;
-        // push rax is not possible (rSP is the test's): swap rax with a cell in the code page is not either (RX), so use
-        // movabs through the accumulator after saving it in SHARED.temp.
-        // SAFETY: only its address is taken.
-        let temp = unsafe { &raw mut SHARED.temp } as u64;
-        code.extend([0x48, 0xa3]);
-        code.extend(temp.to_le_bytes());
-        code.extend([0x48, 0xb8]);
-        code.extend(0x100u64.to_le_bytes());
-        code.extend([0x48, 0xa3]);
-        code.extend(mark.to_le_bytes());
-        code.extend([0x48, 0xa1]);
-        code.extend(temp.to_le_bytes());
-        jump_back(&mut code);
-        // SAFETY: the code page is ours, 4096 bytes, mapped for the life of the program.
+        let back = (come_back as *const () as u64).to_le_bytes();
+        let jump_back: &[&[u8]] = &[&[0xff, 0x25, 0, 0, 0, 0], &back];
+        put(done, jump_back);
+        // The mark goes through RAX, kept in SHARED.temp meanwhile; flags stay.
+        put(taken, &[&[0x48, 0xa3], &temp.to_le_bytes(), &[0x48, 0xb8], &0x100u64.to_le_bytes()]);
+        put(taken + 20, &[&[0x48, 0xa3], &mark.to_le_bytes(), &[0x48, 0xa1], &temp.to_le_bytes()]);
+        put(taken + 40, jump_back);
+        for (at, to) in [(insn.len(), done), (insn.len() + TAKEN, taken)] {
+            let far = [(CODE as u32 + to as u32).to_le_bytes().as_slice(), &CODE64.to_le_bytes()].concat();
+            match mode {
+                Mode::Bits64 => put(at, &[&[0xe9], &((to - at - 5) as u32).to_le_bytes()]),
+                Mode::Bits32 => put(at, &[&[0xea], &far]),
+                Mode::Bits16 => put(at, &[&[0x66, 0xea], &far]),
+            }
+        }
+        // The way in from 64-bit code: JMP m16:32.
+        let selector = if mode == Mode::Bits32 { CODE32 } else { LDT_CODE };
+        put(0x100, &[&[0xff, 0x2d, 0, 0, 0, 0], &(mode.rip() as u32).to_le_bytes(), &selector.to_le_bytes()]);
+        // SAFETY: the code page is ours, 4096 bytes, mapped for the life of the program; the lock is held.
         unsafe {
             libc::mprotect(CODE as *mut _, 0x1000, libc::PROT_READ | libc::PROT_WRITE);
             core::ptr::copy_nonoverlapping(code.as_ptr(), CODE as *mut u8, code.len());
             libc::mprotect(CODE as *mut _, 0x1000, libc::PROT_READ | libc::PROT_EXEC);
+            let shared = &raw mut SHARED;
+            (*shared).code = if mode == Mode::Bits64 { CODE } else { CODE + 0x100 };
+            let data = if mode == Mode::Bits16 { u64::from(LDT_DATA) } else { FLAT };
+            ((*shared).ss, (*shared).ds) = (data, data);
         }
-        self.code_len = insn.len();
+        self.mode = mode;
     }
 
     /// Runs it on `regs` and the scratch memory `mem`, both updated.
@@ -318,7 +392,6 @@ impl Native {
             core::ptr::copy_nonoverlapping(mem.as_ptr(), SCRATCH as *mut u8, SCRATCH_LEN);
             let shared = &raw mut SHARED;
             (*shared).signal = 0;
-            (*shared).code = CODE;
             run_native(regs);
             core::ptr::copy_nonoverlapping(SCRATCH as *const u8, mem.as_mut_ptr(), SCRATCH_LEN);
             (*shared).signal
@@ -349,6 +422,21 @@ fn map(at: u64, len: usize) {
         )
     };
     assert_eq!(p as u64, at, "the test's fixed addresses are taken");
+}
+
+/// Sets an entry of the LDT: a 16-bit segment; contents 0 data, 2 code.
+fn ldt(entry: u32, base: u64, limit: u32, contents: u32) {
+    #[repr(C)]
+    struct UserDesc {
+        entry: u32,
+        base: u32,
+        limit: u32,
+        bits: u32,
+    }
+    // Bits: seg_32bit 0, contents 1..3, read_exec_only 3, limit_in_pages 4, seg_not_present 5, useable 6.
+    let desc = UserDesc { entry, base: base as u32, limit, bits: contents << 1 | 1 << 6 };
+    // SAFETY: the kernel reads the structure; where it refuses, 16-bit forms fail to run.
+    unsafe { libc::syscall(libc::SYS_modify_ldt, 1, &raw const desc, size_of::<UserDesc>()) };
 }
 
 /// Handlers and this thread's signal stack.
@@ -384,6 +472,8 @@ pub struct TestEnv {
     pub mem: Vec<u8>,
     /// Its first address.
     pub base: u64,
+    /// Whether CS is flat.
+    pub flat: bool,
     /// Extra helpers: asked first; `None` means "not mine".
     pub helpers: fn(&mut TestEnv, Helper, [u64; 4]) -> Option<Result<u64, Abandon>>,
 }
@@ -392,7 +482,7 @@ impl TestEnv {
     /// A state of zeroes and memory at `base`.
     #[must_use]
     pub fn new(base: u64, mem: Vec<u8>) -> Self {
-        Self { state: CpuState::zeroed(), mem, base, helpers: |_, _, _| None }
+        Self { state: CpuState::zeroed(), mem, base, flat: true, helpers: |_, _, _| None }
     }
     /// Records an exception, as a helper does.
     pub fn fault(&mut self, vector: Vector) -> Abandon {
@@ -522,6 +612,18 @@ fn helper_model(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Result<u64, A
         }
         Helper::Enter => enter(env, a[0], a[1], 1 << a[2]),
         Helper::Pause | Helper::AlignCheck => Ok(0),
+        Helper::Bcd => bcd(env, a[0], a[1]),
+        Helper::SegAddr => {
+            let seg = env.state.seg[a[0] as usize & 7];
+            let bytes = a[2] & 0xff;
+            if a[1] + bytes - 1 > u64::from(seg.limit) {
+                return Err(env.fault(if a[0] == 2 { Vector::StackFault } else { Vector::GeneralProtection }));
+            }
+            Ok(seg.base + a[1])
+        }
+        Helper::CheckTarget if a[0] > u64::from(env.state.seg[1].limit) && !env.flat => {
+            Err(env.fault(Vector::GeneralProtection))
+        }
         Helper::CheckTarget => Ok(a[0]),
         _ => panic!("no model of {helper:?}"),
     }
@@ -646,24 +748,26 @@ fn cmpxchg_wide(env: &mut TestEnv, addr: u64, wide: bool) -> Result<u64, Abandon
 }
 
 fn enter(env: &mut TestEnv, frame: u64, level: u64, bytes: u64) -> Result<u64, Abandon> {
-    let level = level & 31;
-    let mut sp = env.state.gpr[4].wrapping_sub(bytes);
-    let mut bp = env.state.gpr[5];
-    env.write(sp, bytes as usize, bp)?;
+    // The stack is 16 bits wide exactly when it is not flat.
+    let (base, mask) = if env.flat { (0, u64::MAX) } else { (env.state.seg[2].base, 0xffff) };
+    let (old_sp, old_bp) = (env.state.gpr[4], env.state.gpr[5]);
+    let n = bytes as usize;
+    let mut sp = old_sp.wrapping_sub(bytes) & mask;
+    let mut bp = old_bp;
+    env.write(base + sp, n, old_bp)?;
     let top = sp;
-    for i in 0..level {
-        let v = if i + 1 == level {
+    for i in 0..level & 31 {
+        let v = if i + 1 == level & 31 {
             top
         } else {
-            bp = bp.wrapping_sub(bytes);
-            env.read(bp, bytes as usize)?
+            bp = bp.wrapping_sub(bytes) & mask;
+            env.read(base + bp, n)?
         };
-        sp = sp.wrapping_sub(bytes);
-        env.write(sp, bytes as usize, v)?;
+        sp = sp.wrapping_sub(bytes) & mask;
+        env.write(base + sp, n, v)?;
     }
-    env.state.gpr[4] = sp.wrapping_sub(frame);
-    let old = env.state.gpr[5];
-    env.state.gpr[5] = if bytes == 2 { old & !0xffff | top & 0xffff } else { top };
+    env.state.gpr[4] = old_sp & !mask | sp.wrapping_sub(frame) & mask;
+    env.state.gpr[5] = if bytes == 2 { old_bp & !0xffff | top & 0xffff } else { old_bp & !mask & !0xffff_ffff | top };
     Ok(0)
 }
 
@@ -674,8 +778,10 @@ fn string(env: &mut TestEnv, word: u64) -> Result<u64, Abandon> {
     let am = if op.log2_addr == 3 { u64::MAX } else { (1 << (8 << op.log2_addr)) - 1 };
     let step = if env.state.rflags_sys & rflags::DF != 0 { (n as u64).wrapping_neg() } else { n as u64 };
     let wrap = |old: u64, new: u64| if op.log2_addr == 1 { old & !0xffff | new & am } else { new & am };
+    let base = |env: &TestEnv, seg: u8| if env.flat { 0 } else { env.state.seg[usize::from(seg)].base };
     while env.state.gpr[1] & am != 0 {
-        let (si, di) = (env.state.gpr[6] & am, env.state.gpr[7] & am);
+        let (from, to) = (env.state.gpr[6] & am, env.state.gpr[7] & am);
+        let (si, di) = (from + base(env, op.segment), to + base(env, 0));
         let mut stop = false;
         match op.kind {
             StringKind::Movs => {
@@ -704,10 +810,10 @@ fn string(env: &mut TestEnv, word: u64) -> Result<u64, Abandon> {
         }
         let g = &mut env.state.gpr;
         if !matches!(op.kind, StringKind::Stos | StringKind::Scas) {
-            g[6] = wrap(g[6], si.wrapping_add(step));
+            g[6] = wrap(g[6], from.wrapping_add(step));
         }
         if op.kind != StringKind::Lods {
-            g[7] = wrap(g[7], di.wrapping_add(step));
+            g[7] = wrap(g[7], to.wrapping_add(step));
         }
         g[1] = wrap(g[1], (g[1] & am).wrapping_sub(1));
         if stop {
@@ -717,8 +823,38 @@ fn string(env: &mut TestEnv, word: u64) -> Result<u64, Abandon> {
     Ok(0)
 }
 
-/// The key of 64-bit user code.
-pub const USER64: TbFlags = TbFlags(2 | 3 << TbFlags::CPL_SHIFT | TbFlags::PROTECTED | TbFlags::LONG);
+fn bcd(env: &mut TestEnv, kind: u64, imm: u64) -> Result<u64, Abandon> {
+    use rflags::{AF, CF, PF, SF, ZF};
+    let f = env.state.rflags();
+    let ax = env.state.gpr[0] as u16;
+    let (al, ah) = (ax as u8, (ax >> 8) as u8);
+    let (mut cf, mut af) = (f & CF != 0, f & AF != 0);
+    let low = al & 15 > 9 || af;
+    let new = match kind {
+        0 | 1 => {
+            let high = al > 0x99 || cf;
+            let by = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
+            cf = high || kind == 1 && low && al < 6;
+            af = low;
+            u16::from(if kind == 0 { al.wrapping_add(by) } else { al.wrapping_sub(by) }) | ax & 0xff00
+        }
+        2 | 3 => {
+            (cf, af) = (low, low);
+            let by = if low { 0x106 } else { 0 };
+            // AAS subtracts 6 from AX, then 1 from AH.
+            (if kind == 2 { ax.wrapping_add(by) } else { ax.wrapping_sub(by) }) & 0xff0f
+        }
+        4 if imm as u8 == 0 => return Err(env.fault(Vector::DivideError)),
+        4 => u16::from(al / imm as u8) << 8 | u16::from(al % imm as u8),
+        _ => u16::from(al.wrapping_add(ah.wrapping_mul(imm as u8))),
+    };
+    let low = new as u8;
+    let bit = |on: bool, b: u64| if on { b } else { 0 };
+    let image = bit(cf, CF) | bit(af, AF) | bit(low == 0, ZF) | bit(low > 127, SF) | bit(low.count_ones() % 2 == 0, PF);
+    env.state.gpr[0] = env.state.gpr[0] & !0xffff | u64::from(new);
+    env.state.set_rflags(f & !rflags::ARITH | image);
+    Ok(0)
+}
 
 /// Translates one instruction placed at page offset 0.
 #[must_use]
@@ -742,7 +878,18 @@ pub fn reference(block: &Block, env: &mut TestEnv) -> Leave {
 /// Runs a block of one instruction of `len` bytes on `regs` and the memory at [`SCRATCH`], both updated.
 pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, run: &mut Runner<'_>) -> Outcome {
     regs.to_state(&mut env.state);
-    env.state.rip_base = CODE;
+    let mode = match block.flags.size() {
+        twofold_arch::CodeSize::Bits16 => Mode::Bits16,
+        twofold_arch::CodeSize::Bits32 => Mode::Bits32,
+        twofold_arch::CodeSize::Bits64 => Mode::Bits64,
+    };
+    env.state.rip_base = mode.rip();
+    env.flat = mode != Mode::Bits16;
+    if !env.flat {
+        let data = twofold_arch::Segment { base: SCRATCH, limit: LIMIT16, ..Default::default() };
+        let code = twofold_arch::Segment { base: CODE, limit: 0xffff, ..Default::default() };
+        env.state.seg[..4].copy_from_slice(&[data, code, data, data]);
+    }
     env.state.fault.pending = 0;
     let host = twofold_ir::vecop::host_mxcsr();
     twofold_ir::vecop::set_host_mxcsr(env.state.mxcsr);
@@ -758,7 +905,7 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
         Leave::Exit { to, .. } => match to {
             Target::Jump { off } => at(i64::from(off)),
             Target::JumpFar { off } | Target::Dispatch { off } => at(i64::from(off)),
-            Target::Indirect { rip, .. } => at(rip.wrapping_sub(CODE) as i64),
+            Target::Indirect { rip, .. } => at(rip.wrapping_sub(mode.rip()) as i64),
             Target::Helped => (Outcome::Done, 0),
             Target::Raise { exception, .. } => (vector_outcome(exception.vector as u32), 0),
         },
@@ -817,6 +964,8 @@ impl Rng {
 pub struct Form {
     /// What to call it in a failure.
     pub name: String,
+    /// The code size it runs in.
+    pub mode: Mode,
     /// Its bytes.
     pub bytes: Vec<u8>,
     /// Flags it leaves undefined.
@@ -870,11 +1019,17 @@ impl Form {
         self.pointers = regs.to_vec();
         self
     }
+    #[must_use]
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.mode = mode;
+        self
+    }
     /// A form with nothing special about it; memory operands are on RBX.
     #[must_use]
     pub fn new(name: impl Into<String>, bytes: &[u8]) -> Self {
         Self {
             name: name.into(),
+            mode: Mode::Bits64,
             bytes: bytes.to_vec(),
             undefined: 0,
             pointers: vec![3],
@@ -900,7 +1055,7 @@ pub struct Mismatch {
 /// # Errors
 /// The first difference.
 pub fn check(native: &mut Native, form: &Form, times: usize, run: &mut Runner<'_>) -> Result<usize, Mismatch> {
-    let block = translate_one(&form.bytes, USER64);
+    let block = translate_one(&form.bytes, form.mode.key());
     check_block(native, form, &block, times, run)
 }
 
@@ -915,7 +1070,7 @@ pub fn check_block(
     times: usize,
     run: &mut Runner<'_>,
 ) -> Result<usize, Mismatch> {
-    native.set_code(&form.bytes);
+    native.set_code(&form.bytes, form.mode);
     let seed = form.bytes.iter().fold(0x9e37_79b9_7f4a_7c15u64, |s, &b| (s ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut rng = Rng(seed | 1);
     let mut mem: Vec<u8> = (0..SCRATCH_LEN).map(|_| rng.next() as u8).collect();
@@ -951,9 +1106,12 @@ pub fn check_block(
 fn randomize(r: &mut Regs, form: &Form, rng: &mut Rng) {
     for (n, g) in r.gpr.iter_mut().enumerate() {
         if n == 4 || form.pointers.contains(&(n as u8)) {
-            *g = MIDDLE + rng.below(8) * u64::from(n != 4);
+            *g = form.mode.middle() + rng.below(8) * u64::from(n != 4);
         } else {
             *g = rng.value();
+        }
+        if form.mode != Mode::Bits64 && n < 8 {
+            *g &= 0xffff_ffff;
         }
     }
     r.flags = rng.next() & rflags::ARITH;
@@ -970,8 +1128,10 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
         return Some(format!("host {:?}, ours {:?}", native.1, ours.1));
     }
     let (a, b) = (native.0, ours.0);
-    for n in 0..16 {
-        if a.gpr[n] != b.gpr[n] {
+    // Outside 64-bit code the upper halves are nobody's.
+    let (count, mask) = if form.mode == Mode::Bits64 { (16, u64::MAX) } else { (8, 0xffff_ffff) };
+    for n in 0..count {
+        if a.gpr[n] & mask != b.gpr[n] & mask {
             return Some(format!("{} is {:#x} on the host, {:#x} here", twofold_arch::Gpr::NAMES[n], a.gpr[n], b.gpr[n]));
         }
     }
@@ -984,7 +1144,7 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
             return Some(format!("taken {} on the host, {} here", a.taken, b.taken));
         }
     }
-    for n in 0..16 {
+    for n in 0..count {
         if a.xmm(n) != b.xmm(n) {
             return Some(format!("xmm{n} is {:#034x} on the host, {:#034x} here", a.xmm(n), b.xmm(n)));
         }
