@@ -119,6 +119,7 @@ cpuid_bits! {
     SpecCtrl "spec-ctrl" 7 0 D 26 max;
     FlushL1d "flush-l1d" 7 0 D 28 max;
     ArchCapabilities "arch-capabilities" 7 0 D 29 max;
+    BhiCtrl "bhi-ctrl" 7 2 D 4 max;
     Xsaveopt "xsaveopt" 0xd 1 A 0 [Xsaveopt] max;
     Xsavec "xsavec" 0xd 1 A 1 [Xsavec] max;
     Xgetbv1 "xgetbv1" 0xd 1 A 2 max;
@@ -468,7 +469,7 @@ impl CpuModel {
             // One descriptor: "use leaf 4".
             2 => [0x00ff_ff01, 0, 0, 0],
             4 => self.cache_leaf(subleaf, ids),
-            7 if subleaf == 0 => [0, 0, if state.cr4 & cr4::PKE != 0 { 1 << 4 } else { 0 }, 0],
+            7 if subleaf == 0 => [2, 0, if state.cr4 & cr4::PKE != 0 { 1 << 4 } else { 0 }, 0],
             0xb | 0x1f => topology_leaf(subleaf, state.apic_id, cpus),
             0xd => self.xsave_leaf(subleaf),
             0x15 => [TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR, CRYSTAL_HZ, 0],
