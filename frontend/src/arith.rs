@@ -120,7 +120,9 @@ fn cmp(t: &mut Translator<'_>) {
 fn test(t: &mut Translator<'_>) {
     let ty = t.op_ty(0);
     let a = t.read_op(0);
-    let same = !t.is_mem(0) && t.insn.op1_kind() == iced_x86::OpKind::Register && t.insn.op0_register() == t.insn.op1_register();
+    let same = !t.is_mem(0)
+        && t.insn.op1_kind() == iced_x86::OpKind::Register
+        && t.insn.op0_register() == t.insn.op1_register();
     let r = if same {
         a
     } else {
@@ -210,11 +212,7 @@ fn cmpxchg(t: &mut Translator<'_>) {
 /// Writes a register when `c` is `when`; else all 64 bits of it stay.
 fn put_if(t: &mut Translator<'_>, r: Register, c: Value, v: Value, when: bool) {
     let (n, ty, high) = gpr(r);
-    let (now, v) = if ty == Ty::I32 {
-        (t.get_gpr(Ty::I64, n), t.b.zext(Ty::I64, v))
-    } else {
-        (t.read_gpr(r), v)
-    };
+    let (now, v) = if ty == Ty::I32 { (t.get_gpr(Ty::I64, n), t.b.zext(Ty::I64, v)) } else { (t.read_gpr(r), v) };
     let v = if when { t.b.select(c, v, now) } else { t.b.select(c, now, v) };
     if high { t.write_gpr(r, v) } else { t.put_gpr(n, v) }
 }

@@ -3,9 +3,9 @@
 //! Place: a family of the instruction table. Shifts of BMI2 are in `shift`, MULX in `muldiv`, ADCX and ADOX in `arith`.
 
 use iced_x86::{Mnemonic, OpKind};
+use twofold_arch::CcKind;
 use twofold_arch::control::rflags;
 use twofold_arch::cpuid::Feature;
-use twofold_arch::CcKind;
 use twofold_ir::{BinOp, Helper, IntCc, RmwOp, Ty, UnOp, Value};
 
 use crate::arith::set_flag_bits;

@@ -4,8 +4,8 @@
 //! `system`.
 
 use iced_x86::{Code, Mnemonic, Register};
-use twofold_arch::cpuid::Feature;
 use twofold_arch::CondCode;
+use twofold_arch::cpuid::Feature;
 use twofold_ir::{BinOp, RmwOp, Ty, UnOp};
 
 use crate::table::Row;

@@ -73,11 +73,8 @@ fn imul(t: &mut Translator<'_>) {
         return mul(t, true);
     }
     let ty = t.op_ty(0);
-    let (a, b) = if t.insn.op_count() == 2 {
-        (t.read_op(0), t.read_op(1))
-    } else {
-        (t.read_op(1), t.read_op_as(2, ty))
-    };
+    let (a, b) =
+        if t.insn.op_count() == 2 { (t.read_op(0), t.read_op(1)) } else { (t.read_op(1), t.read_op_as(2, ty)) };
     let (lo, hi) = product(t, a, b, true);
     let src = overflow(t, lo, hi, true);
     t.write_op(0, lo);

@@ -65,7 +65,8 @@ fn random_bytes_translate() {
         insns += block.insns.len();
     }
     println!("{blocks} blocks, {insns} instructions");
-    let names: Vec<_> = unimplemented.keys().filter(|n| !n.starts_with("EVEX") && !n.starts_with("VEX")).cloned().collect();
+    let names: Vec<_> =
+        unimplemented.keys().filter(|n| !n.starts_with("EVEX") && !n.starts_with("VEX")).cloned().collect();
     println!("forms that exist on some CPU and not here: {}", names.join(" "));
 }
 

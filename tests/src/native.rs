@@ -139,7 +139,7 @@ impl Regs {
     }
 
     /// Takes the registers from a guest state.
-    pub fn from_state(&mut self, s: &CpuState) {
+    pub fn take_state(&mut self, s: &CpuState) {
         self.gpr = s.gpr;
         self.flags = s.rflags() & (rflags::ARITH | rflags::DF);
         self.set_mxcsr(s.mxcsr);
@@ -464,6 +464,9 @@ fn signals() {
 
 // ---- the evaluator's side ---------------------------------------------------------------------------------------------
 
+/// Extra helpers of a test: `None` means "not mine".
+pub type Helpers = fn(&mut TestEnv, Helper, [u64; 4]) -> Option<Result<u64, Abandon>>;
+
 /// An [`Env`] over a `CpuState` and a flat memory; helpers are the simple ones of [`helper`].
 pub struct TestEnv {
     /// The guest state.
@@ -475,7 +478,7 @@ pub struct TestEnv {
     /// Whether CS is flat.
     pub flat: bool,
     /// Extra helpers: asked first; `None` means "not mine".
-    pub helpers: fn(&mut TestEnv, Helper, [u64; 4]) -> Option<Result<u64, Abandon>>,
+    pub helpers: Helpers,
 }
 
 impl TestEnv {
@@ -491,7 +494,7 @@ impl TestEnv {
         Abandon
     }
     fn at(&mut self, flags: MemFlags, addr: u64, bytes: usize) -> Result<usize, Abandon> {
-        if flags.has(MemFlags::ALIGNED) && addr % bytes as u64 != 0 {
+        if flags.has(MemFlags::ALIGNED) && !addr.is_multiple_of(bytes as u64) {
             return Err(self.fault(Vector::GeneralProtection));
         }
         if (addr as i64) << 16 >> 16 != addr as i64 {
@@ -728,7 +731,7 @@ fn pext(v: u64, mask: u64) -> u64 {
 
 fn cmpxchg_wide(env: &mut TestEnv, addr: u64, wide: bool) -> Result<u64, Abandon> {
     let n = if wide { 8 } else { 4 };
-    if wide && addr % 16 != 0 {
+    if wide && !addr.is_multiple_of(16) {
         return Err(env.fault(Vector::GeneralProtection));
     }
     let mask = if wide { u64::MAX } else { 0xffff_ffff };
@@ -850,7 +853,7 @@ fn bcd(env: &mut TestEnv, kind: u64, imm: u64) -> Result<u64, Abandon> {
     };
     let low = new as u8;
     let bit = |on: bool, b: u64| if on { b } else { 0 };
-    let image = bit(cf, CF) | bit(af, AF) | bit(low == 0, ZF) | bit(low > 127, SF) | bit(low.count_ones() % 2 == 0, PF);
+    let image = bit(cf, CF) | bit(af, AF) | bit(low == 0, ZF) | bit(low > 127, SF) | bit(low.count_ones().is_multiple_of(2), PF);
     env.state.gpr[0] = env.state.gpr[0] & !0xffff | u64::from(new);
     env.state.set_rflags(f & !rflags::ARITH | image);
     Ok(0)
@@ -862,8 +865,7 @@ pub fn translate_one(insn: &[u8], flags: TbFlags) -> Block {
     let mut page = [0x90u8; 64];
     page[..insn.len()].copy_from_slice(insn);
     let mut none = || None;
-    let req =
-        Request { flags, off: 0, page: &page, next_page: &mut none, features: Features::ALL, max_insns: 1 };
+    let req = Request { flags, off: 0, page: &page, next_page: &mut none, features: Features::ALL, max_insns: 1 };
     translate_block(req).unwrap_or_default()
 }
 
@@ -897,7 +899,7 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
     let after = twofold_ir::vecop::host_mxcsr();
     twofold_ir::vecop::set_host_mxcsr(host);
     env.state.mxcsr = env.state.mxcsr & !0x3f | (env.state.mxcsr | after) & 0x3f;
-    regs.from_state(&env.state);
+    regs.take_state(&env.state);
     regs.taken = 0;
     let at = |off: i64| -> (Outcome, u64) { (Outcome::Done, u64::from(off == (len + TAKEN) as i64)) };
     let (outcome, taken) = match left {
@@ -946,9 +948,28 @@ impl Rng {
     /// A value as tests want it: a boundary, a small number, or anything.
     pub fn value(&mut self) -> u64 {
         const EDGES: [u64; 22] = [
-            0, 1, 2, 0x7f, 0x80, 0xff, 0x100, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x1_0000_0000,
-            0x7fff_ffff_ffff_ffff, 0x8000_0000_0000_0000, u64::MAX, u64::MAX - 1, 0xaaaa_aaaa_aaaa_aaaa,
-            0x5555_5555_5555_5555, 0x0f, 0x1234_5678_9abc_def0,
+            0,
+            1,
+            2,
+            0x7f,
+            0x80,
+            0xff,
+            0x100,
+            0x7fff,
+            0x8000,
+            0xffff,
+            0x7fff_ffff,
+            0x8000_0000,
+            0xffff_ffff,
+            0x1_0000_0000,
+            0x7fff_ffff_ffff_ffff,
+            0x8000_0000_0000_0000,
+            u64::MAX,
+            u64::MAX - 1,
+            0xaaaa_aaaa_aaaa_aaaa,
+            0x5555_5555_5555_5555,
+            0x0f,
+            0x1234_5678_9abc_def0,
         ];
         match self.below(8) {
             0..=2 => EDGES[self.below(EDGES.len() as u64) as usize],
@@ -959,6 +980,11 @@ impl Rng {
         }
     }
 }
+
+/// Changes registers before a run.
+pub type Prepare = dyn Fn(&mut Regs, &mut Rng);
+/// Changes the scratch memory before a run.
+pub type PrepareMem = dyn Fn(&mut [u8], &mut Rng);
 
 /// An instruction to check.
 pub struct Form {
@@ -973,9 +999,9 @@ pub struct Form {
     /// Registers that point into the scratch area, by encoding; rSP always does.
     pub pointers: Vec<u8>,
     /// Changes the random registers before the run.
-    pub prepare: Box<dyn Fn(&mut Regs, &mut Rng)>,
+    pub prepare: Box<Prepare>,
     /// Changes the scratch memory before the run.
-    pub prepare_mem: Box<dyn Fn(&mut [u8], &mut Rng)>,
+    pub prepare_mem: Box<PrepareMem>,
     /// Says which flags are undefined for these inputs, beside `undefined`.
     pub undefined_for: Box<dyn Fn(&Regs) -> u64>,
     /// Whether x87 and MMX registers and instruction pointers are compared.
@@ -983,7 +1009,7 @@ pub struct Form {
     /// Whether the destination is undefined for these inputs: such a run is skipped.
     pub skip: Box<dyn Fn(&Regs) -> bool>,
     /// Extra helpers.
-    pub helpers: fn(&mut TestEnv, Helper, [u64; 4]) -> Option<Result<u64, Abandon>>,
+    pub helpers: Helpers,
 }
 
 #[allow(missing_docs)]
@@ -1071,7 +1097,8 @@ pub fn check_block(
     run: &mut Runner<'_>,
 ) -> Result<usize, Mismatch> {
     native.set_code(&form.bytes, form.mode);
-    let seed = form.bytes.iter().fold(0x9e37_79b9_7f4a_7c15u64, |s, &b| (s ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let seed =
+        form.bytes.iter().fold(0x9e37_79b9_7f4a_7c15u64, |s, &b| (s ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut rng = Rng(seed | 1);
     let mut mem: Vec<u8> = (0..SCRATCH_LEN).map(|_| rng.next() as u8).collect();
     let mut env = TestEnv::new(SCRATCH, mem.clone());
@@ -1132,7 +1159,12 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
     let (count, mask) = if form.mode == Mode::Bits64 { (16, u64::MAX) } else { (8, 0xffff_ffff) };
     for n in 0..count {
         if a.gpr[n] & mask != b.gpr[n] & mask {
-            return Some(format!("{} is {:#x} on the host, {:#x} here", twofold_arch::Gpr::NAMES[n], a.gpr[n], b.gpr[n]));
+            return Some(format!(
+                "{} is {:#x} on the host, {:#x} here",
+                twofold_arch::Gpr::NAMES[n],
+                a.gpr[n],
+                b.gpr[n]
+            ));
         }
     }
     if native.1 == Outcome::Done {

@@ -36,6 +36,7 @@ pub fn enc(size: u8, prefix: &[u8], rex: bool, opcode: &[u8], reg: u8, rm: Rm, i
     v
 }
 
+#[allow(clippy::too_many_arguments)] // one per field of the encoding
 /// A VEX-encoded instruction of map 0F38 (2) or 0F3A (3) with register operands.
 fn vex(map: u8, pp: u8, w: bool, op: u8, reg: u8, vvvv: u8, rm: Rm, imm: &[u8]) -> Vec<u8> {
     let b = match rm {
@@ -90,7 +91,10 @@ fn alu(f: &mut Vec<Form>) {
         for size in SIZES {
             let w = u8::from(size > 1);
             for (a, b) in PAIRS {
-                f.push(Form::new(format!("{name}{size} r{a}, r{b}"), &enc(size, &[], true, &[base | w], b, Rm::Reg(a), &[])));
+                f.push(Form::new(
+                    format!("{name}{size} r{a}, r{b}"),
+                    &enc(size, &[], true, &[base | w], b, Rm::Reg(a), &[]),
+                ));
             }
             f.push(Form::new(format!("{name}{size} r, m"), &enc(size, &[], false, &[base | 2 | w], 2, Rm::Mem, &[])));
             f.push(Form::new(format!("{name}{size} m, r"), &enc(size, &[], false, &[base | w], 1, Rm::Mem, &[])));
@@ -107,13 +111,25 @@ fn alu(f: &mut Vec<Form>) {
                 format!("{name}{size} r, imm"),
                 &enc(size, &[], true, &[0x80 | w], n as u8, Rm::Reg(5), &imm(size, 0x1234_5678)),
             ));
-            f.push(Form::new(format!("{name}{size} m, imm"), &enc(size, &[], false, &[0x80 | w], n as u8, Rm::Mem, &imm(size, -2))));
+            f.push(Form::new(
+                format!("{name}{size} m, imm"),
+                &enc(size, &[], false, &[0x80 | w], n as u8, Rm::Mem, &imm(size, -2)),
+            ));
             if size > 1 {
-                f.push(Form::new(format!("{name}{size} r, imm8"), &enc(size, &[], false, &[0x83], n as u8, Rm::Reg(8), &[0xfe])));
+                f.push(Form::new(
+                    format!("{name}{size} r, imm8"),
+                    &enc(size, &[], false, &[0x83], n as u8, Rm::Reg(8), &[0xfe]),
+                ));
             }
             if *name != "cmp" {
-                f.push(Form::new(format!("lock {name}{size} m, r"), &enc(size, &[0xf0], false, &[base | w], 1, Rm::Mem, &[])));
-                f.push(Form::new(format!("lock {name}{size} m, imm"), &enc(size, &[0xf0], false, &[0x80 | w], n as u8, Rm::Mem, &imm(size, 9))));
+                f.push(Form::new(
+                    format!("lock {name}{size} m, r"),
+                    &enc(size, &[0xf0], false, &[base | w], 1, Rm::Mem, &[]),
+                ));
+                f.push(Form::new(
+                    format!("lock {name}{size} m, imm"),
+                    &enc(size, &[0xf0], false, &[0x80 | w], n as u8, Rm::Mem, &imm(size, 9)),
+                ));
             }
         }
         // AH … BH.
@@ -126,7 +142,10 @@ fn alu(f: &mut Vec<Form>) {
         f.push(Form::new(format!("test{size} r, r"), &enc(size, &[], true, &[0x84 | w], 7, Rm::Reg(6), &[])));
         f.push(Form::new(format!("test{size} same"), &enc(size, &[], true, &[0x84 | w], 6, Rm::Reg(6), &[])));
         f.push(Form::new(format!("test{size} m, r"), &enc(size, &[], false, &[0x84 | w], 1, Rm::Mem, &[])));
-        f.push(Form::new(format!("test{size} m, imm"), &enc(size, &[], false, &[0xf6 | w], 0, Rm::Mem, &imm(size, 0x55aa_1234))));
+        f.push(Form::new(
+            format!("test{size} m, imm"),
+            &enc(size, &[], false, &[0xf6 | w], 0, Rm::Mem, &imm(size, 0x55aa_1234)),
+        ));
     }
 }
 
@@ -162,10 +181,25 @@ fn unary(f: &mut Vec<Form>) {
         }
         if size > 1 {
             let u = SF | ZF | AF | PF;
-            f.push(Form::new(format!("imul{size} r, r"), &enc(size, &[], false, &[0x0f, 0xaf], 1, Rm::Reg(10), &[])).undefined(u));
-            f.push(Form::new(format!("imul{size} r, m"), &enc(size, &[], false, &[0x0f, 0xaf], 1, Rm::Mem, &[])).undefined(u));
-            f.push(Form::new(format!("imul{size} r, r, imm8"), &enc(size, &[], false, &[0x6b], 1, Rm::Reg(2), &[0xf3])).undefined(u));
-            f.push(Form::new(format!("imul{size} r, m, imm"), &enc(size, &[], false, &[0x69], 9, Rm::Mem, &imm(size, 0x7654_3210))).undefined(u));
+            f.push(
+                Form::new(format!("imul{size} r, r"), &enc(size, &[], false, &[0x0f, 0xaf], 1, Rm::Reg(10), &[]))
+                    .undefined(u),
+            );
+            f.push(
+                Form::new(format!("imul{size} r, m"), &enc(size, &[], false, &[0x0f, 0xaf], 1, Rm::Mem, &[]))
+                    .undefined(u),
+            );
+            f.push(
+                Form::new(format!("imul{size} r, r, imm8"), &enc(size, &[], false, &[0x6b], 1, Rm::Reg(2), &[0xf3]))
+                    .undefined(u),
+            );
+            f.push(
+                Form::new(
+                    format!("imul{size} r, m, imm"),
+                    &enc(size, &[], false, &[0x69], 9, Rm::Mem, &imm(size, 0x7654_3210)),
+                )
+                .undefined(u),
+            );
         }
     }
     f.push(Form::new("inc ah", &[0xfe, 0xc4]));
@@ -205,19 +239,32 @@ fn shifts(f: &mut Vec<Form>) {
             for rm in [Rm::Reg(0), Rm::Reg(13), Rm::Mem] {
                 for count in [0u8, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 0xff] {
                     let u = shift_undefined(u64::from(count) & mask, size, rot);
-                    f.push(Form::new(format!("{name}{size} {count}"), &enc(size, &[], false, &[0xc0 | w], n as u8, rm, &[count])).undefined(u));
+                    f.push(
+                        Form::new(
+                            format!("{name}{size} {count}"),
+                            &enc(size, &[], false, &[0xc0 | w], n as u8, rm, &[count]),
+                        )
+                        .undefined(u),
+                    );
                 }
-                f.push(Form::new(format!("{name}{size} by 1"), &enc(size, &[], false, &[0xd0 | w], n as u8, rm, &[]))
-                    .undefined(if rot { 0 } else { AF }));
+                f.push(
+                    Form::new(format!("{name}{size} by 1"), &enc(size, &[], false, &[0xd0 | w], n as u8, rm, &[]))
+                        .undefined(if rot { 0 } else { AF }),
+                );
                 f.push(
                     Form::new(format!("{name}{size} by cl"), &enc(size, &[], false, &[0xd2 | w], n as u8, rm, &[]))
                         .undefined_for(move |r| shift_undefined(r.gpr[1] & mask, size, rot))
-                        .prepare(move |r, rng| r.gpr[1] = r.gpr[1] & !0xff | rng.below(if rng.0 & 1 == 0 { 34 } else { 256 })),
+                        .prepare(move |r, rng| {
+                            r.gpr[1] = r.gpr[1] & !0xff | rng.below(if rng.0 & 1 == 0 { 34 } else { 256 })
+                        }),
                 );
             }
             f.push(
-                Form::new(format!("{name}{size} cl, cl"), &enc(size, &[], false, &[0xd2 | w], n as u8, Rm::Reg(1), &[]))
-                    .undefined_for(move |r| shift_undefined(r.gpr[1] & mask, size, rot)),
+                Form::new(
+                    format!("{name}{size} cl, cl"),
+                    &enc(size, &[], false, &[0xd2 | w], n as u8, Rm::Reg(1), &[]),
+                )
+                .undefined_for(move |r| shift_undefined(r.gpr[1] & mask, size, rot)),
             );
         }
         f.push(Form::new(format!("{name} ah"), &[0xd0, 0xc4 | (n as u8) << 3]).undefined(if rot { 0 } else { AF }));
@@ -232,7 +279,13 @@ fn shifts(f: &mut Vec<Form>) {
                         continue;
                     }
                     let u = shift_undefined(n, 8, false);
-                    f.push(Form::new(format!("{name}{size} {count}"), &enc(size, &[], false, &[0x0f, op], 6, rm, &[count])).undefined(u));
+                    f.push(
+                        Form::new(
+                            format!("{name}{size} {count}"),
+                            &enc(size, &[], false, &[0x0f, op], 6, rm, &[count]),
+                        )
+                        .undefined(u),
+                    );
                 }
                 f.push(
                     Form::new(format!("{name}{size} cl"), &enc(size, &[], false, &[0x0f, op | 1], 9, rm, &[]))
@@ -248,25 +301,61 @@ fn bits(f: &mut Vec<Form>) {
     let u = OF | SF | AF | PF;
     for size in [2u8, 4, 8] {
         for (name, op, n) in [("bt", 0xa3, 4), ("bts", 0xab, 5), ("btr", 0xb3, 6), ("btc", 0xbb, 7)] {
-            f.push(Form::new(format!("{name}{size} r, r"), &enc(size, &[], false, &[0x0f, op], 9, Rm::Reg(2), &[])).undefined(u));
-            f.push(Form::new(format!("{name}{size} same"), &enc(size, &[], false, &[0x0f, op], 2, Rm::Reg(2), &[])).undefined(u));
+            f.push(
+                Form::new(format!("{name}{size} r, r"), &enc(size, &[], false, &[0x0f, op], 9, Rm::Reg(2), &[]))
+                    .undefined(u),
+            );
+            f.push(
+                Form::new(format!("{name}{size} same"), &enc(size, &[], false, &[0x0f, op], 2, Rm::Reg(2), &[]))
+                    .undefined(u),
+            );
             let near = |r: &mut Regs, rng: &mut crate::native::Rng| r.gpr[1] = rng.below(0x4000).wrapping_sub(0x2000);
-            f.push(Form::new(format!("{name}{size} m, r"), &enc(size, &[], false, &[0x0f, op], 1, Rm::Mem, &[])).undefined(u).prepare(near));
+            f.push(
+                Form::new(format!("{name}{size} m, r"), &enc(size, &[], false, &[0x0f, op], 1, Rm::Mem, &[]))
+                    .undefined(u)
+                    .prepare(near),
+            );
             if n > 4 {
-                f.push(Form::new(format!("lock {name}{size} m, r"), &enc(size, &[0xf0], false, &[0x0f, op], 1, Rm::Mem, &[])).undefined(u).prepare(near));
-                f.push(Form::new(format!("lock {name}{size} m, imm"), &enc(size, &[0xf0], false, &[0x0f, 0xba], n, Rm::Mem, &[5])).undefined(u));
+                f.push(
+                    Form::new(
+                        format!("lock {name}{size} m, r"),
+                        &enc(size, &[0xf0], false, &[0x0f, op], 1, Rm::Mem, &[]),
+                    )
+                    .undefined(u)
+                    .prepare(near),
+                );
+                f.push(
+                    Form::new(
+                        format!("lock {name}{size} m, imm"),
+                        &enc(size, &[0xf0], false, &[0x0f, 0xba], n, Rm::Mem, &[5]),
+                    )
+                    .undefined(u),
+                );
             }
             for i in [0u8, 7, 17, 63, 0xff] {
-                f.push(Form::new(format!("{name}{size} r, {i}"), &enc(size, &[], false, &[0x0f, 0xba], n, Rm::Reg(11), &[i])).undefined(u));
-                f.push(Form::new(format!("{name}{size} m, {i}"), &enc(size, &[], false, &[0x0f, 0xba], n, Rm::Mem, &[i])).undefined(u));
+                f.push(
+                    Form::new(
+                        format!("{name}{size} r, {i}"),
+                        &enc(size, &[], false, &[0x0f, 0xba], n, Rm::Reg(11), &[i]),
+                    )
+                    .undefined(u),
+                );
+                f.push(
+                    Form::new(format!("{name}{size} m, {i}"), &enc(size, &[], false, &[0x0f, 0xba], n, Rm::Mem, &[i]))
+                        .undefined(u),
+                );
             }
         }
         let scan = CF | OF | SF | AF | PF;
         for rm in [Rm::Reg(2), Rm::Reg(1), Rm::Mem] {
             f.push(Form::new(format!("bsf{size}"), &enc(size, &[], false, &[0x0f, 0xbc], 1, rm, &[])).undefined(scan));
             f.push(Form::new(format!("bsr{size}"), &enc(size, &[], false, &[0x0f, 0xbd], 1, rm, &[])).undefined(scan));
-            f.push(Form::new(format!("tzcnt{size}"), &enc(size, &[0xf3], false, &[0x0f, 0xbc], 1, rm, &[])).undefined(u));
-            f.push(Form::new(format!("lzcnt{size}"), &enc(size, &[0xf3], false, &[0x0f, 0xbd], 1, rm, &[])).undefined(u));
+            f.push(
+                Form::new(format!("tzcnt{size}"), &enc(size, &[0xf3], false, &[0x0f, 0xbc], 1, rm, &[])).undefined(u),
+            );
+            f.push(
+                Form::new(format!("lzcnt{size}"), &enc(size, &[0xf3], false, &[0x0f, 0xbd], 1, rm, &[])).undefined(u),
+            );
             f.push(Form::new(format!("popcnt{size}"), &enc(size, &[0xf3], false, &[0x0f, 0xb8], 1, rm, &[])));
         }
     }
@@ -286,7 +375,10 @@ fn moves(f: &mut Vec<Form>) {
         f.push(Form::new(format!("mov{size} m, r"), &enc(size, &[], false, &[0x88 | w], 9, Rm::Mem, &[])));
         f.push(Form::new(format!("mov{size} r, m"), &enc(size, &[], true, &[0x8a | w], 5, Rm::Mem, &[])));
         f.push(Form::new(format!("mov{size} m, imm"), &enc(size, &[], false, &[0xc6 | w], 0, Rm::Mem, &imm(size, -3))));
-        f.push(Form::new(format!("mov{size} r, imm"), &enc(size, &[], false, &[0xc6 | w], 0, Rm::Reg(1), &imm(size, -3))));
+        f.push(Form::new(
+            format!("mov{size} r, imm"),
+            &enc(size, &[], false, &[0xc6 | w], 0, Rm::Reg(1), &imm(size, -3)),
+        ));
         let mut b = if size == 2 { vec![0x66] } else { vec![] };
         if size == 8 {
             b.push(0x48);
@@ -321,10 +413,19 @@ fn moves(f: &mut Vec<Form>) {
                     f.push(Form::new(format!("{name}{size} rex"), &enc(size, &[], true, &[0x0f, op], 1, rm, &[])));
                 }
                 f.push(Form::new(format!("movsxd{size}"), &enc(size, &[], false, &[0x63], 1, rm, &[])));
-                f.push(Form::new(format!("movbe{size} load"), &enc(size, &[], false, &[0x0f, 0x38, 0xf0], 1, Rm::Mem, &[])));
-                f.push(Form::new(format!("movbe{size} store"), &enc(size, &[], false, &[0x0f, 0x38, 0xf1], 1, Rm::Mem, &[])));
+                f.push(Form::new(
+                    format!("movbe{size} load"),
+                    &enc(size, &[], false, &[0x0f, 0x38, 0xf0], 1, Rm::Mem, &[]),
+                ));
+                f.push(Form::new(
+                    format!("movbe{size} store"),
+                    &enc(size, &[], false, &[0x0f, 0x38, 0xf1], 1, Rm::Mem, &[]),
+                ));
                 for cc in 0..16u8 {
-                    f.push(Form::new(format!("cmov{cc}{size}"), &enc(size, &[], false, &[0x0f, 0x40 | cc], 9, rm, &[])));
+                    f.push(Form::new(
+                        format!("cmov{cc}{size}"),
+                        &enc(size, &[], false, &[0x0f, 0x40 | cc], 9, rm, &[]),
+                    ));
                 }
                 f.push(Form::new(format!("lea{size}"), &enc(size, &[], false, &[0x8d], 1, Rm::Mem, &[])));
                 f.push(Form::new(format!("nop{size}"), &enc(size, &[], false, &[0x0f, 0x1f], 0, rm, &[])));
@@ -382,8 +483,17 @@ fn exchange(f: &mut Vec<Form>) {
                     r.gpr[1] = r.gpr[0] & 0xffff_ffff;
                 }
             };
-            f.push(Form::new(format!("cmpxchg{size} {}", rm == Rm::Mem), &enc(size, &[], true, &[0x0f, 0xb0 | w], 9, rm, &[])).prepare(same));
-            f.push(Form::new(format!("cmpxchg{size} rdx"), &enc(size, &[], true, &[0x0f, 0xb0 | w], 2, rm, &[])).prepare(same));
+            f.push(
+                Form::new(
+                    format!("cmpxchg{size} {}", rm == Rm::Mem),
+                    &enc(size, &[], true, &[0x0f, 0xb0 | w], 9, rm, &[]),
+                )
+                .prepare(same),
+            );
+            f.push(
+                Form::new(format!("cmpxchg{size} rdx"), &enc(size, &[], true, &[0x0f, 0xb0 | w], 2, rm, &[]))
+                    .prepare(same),
+            );
         }
         let equal = |r: &mut Regs, rng: &mut crate::native::Rng| {
             r.gpr[3] = MIDDLE;
@@ -395,13 +505,28 @@ fn exchange(f: &mut Vec<Form>) {
             m[at..at + 16].fill(0);
             m[at] = rng.below(3) as u8;
         };
-        f.push(Form::new(format!("cmpxchg{size} m"), &enc(size, &[], true, &[0x0f, 0xb0 | w], 9, Rm::Mem, &[])).prepare(equal).prepare_mem(small));
-        f.push(Form::new(format!("lock cmpxchg{size} m"), &enc(size, &[0xf0], true, &[0x0f, 0xb0 | w], 9, Rm::Mem, &[])).prepare(equal).prepare_mem(small));
+        f.push(
+            Form::new(format!("cmpxchg{size} m"), &enc(size, &[], true, &[0x0f, 0xb0 | w], 9, Rm::Mem, &[]))
+                .prepare(equal)
+                .prepare_mem(small),
+        );
+        f.push(
+            Form::new(format!("lock cmpxchg{size} m"), &enc(size, &[0xf0], true, &[0x0f, 0xb0 | w], 9, Rm::Mem, &[]))
+                .prepare(equal)
+                .prepare_mem(small),
+        );
         f.push(Form::new(format!("lock xadd{size} m"), &enc(size, &[0xf0], true, &[0x0f, 0xc0 | w], 9, Rm::Mem, &[])));
         f.push(Form::new(format!("cmpxchg{size} none"), &enc(size, &[0xf0], true, &[0x0f, 0xb0 | w], 9, Rm::Mem, &[])));
         if size >= 4 {
-            f.push(Form::new(format!("cmpxchg{}b", size * 2), &enc(size, &[0xf0], false, &[0x0f, 0xc7], 1, Rm::Mem, &[])).prepare(equal).prepare_mem(small));
-            f.push(Form::new(format!("cmpxchg{}b no", size * 2), &enc(size, &[], false, &[0x0f, 0xc7], 1, Rm::Mem, &[])).prepare(|r, _| r.gpr[3] = MIDDLE));
+            f.push(
+                Form::new(format!("cmpxchg{}b", size * 2), &enc(size, &[0xf0], false, &[0x0f, 0xc7], 1, Rm::Mem, &[]))
+                    .prepare(equal)
+                    .prepare_mem(small),
+            );
+            f.push(
+                Form::new(format!("cmpxchg{}b no", size * 2), &enc(size, &[], false, &[0x0f, 0xc7], 1, Rm::Mem, &[]))
+                    .prepare(|r, _| r.gpr[3] = MIDDLE),
+            );
         }
         if size > 1 {
             let mut b = if size == 2 { vec![0x66] } else { vec![] };
@@ -420,14 +545,20 @@ fn bmi(f: &mut Vec<Form>) {
         for rm in [Rm::Reg(2), Rm::Reg(9), Rm::Mem] {
             let n = if w { 8 } else { 4 };
             f.push(Form::new(format!("andn{n}"), &vex(2, 0, w, 0xf2, 1, 6, rm, &[])).undefined(AF | PF));
-            f.push(Form::new(format!("bextr{n}"), &vex(2, 0, w, 0xf7, 1, 6, rm, &[])).undefined(AF | SF | PF)
-                .prepare(|r, rng| r.gpr[6] = rng.below(80) | rng.below(80) << 8 | rng.next() << 16));
+            f.push(
+                Form::new(format!("bextr{n}"), &vex(2, 0, w, 0xf7, 1, 6, rm, &[]))
+                    .undefined(AF | SF | PF)
+                    .prepare(|r, rng| r.gpr[6] = rng.below(80) | rng.below(80) << 8 | rng.next() << 16),
+            );
             f.push(Form::new(format!("bextr{n} any"), &vex(2, 0, w, 0xf7, 1, 6, rm, &[])).undefined(AF | SF | PF));
             f.push(Form::new(format!("blsr{n}"), &vex(2, 0, w, 0xf3, 1, 6, rm, &[])).undefined(AF | PF));
             f.push(Form::new(format!("blsmsk{n}"), &vex(2, 0, w, 0xf3, 2, 6, rm, &[])).undefined(AF | PF));
             f.push(Form::new(format!("blsi{n}"), &vex(2, 0, w, 0xf3, 3, 6, rm, &[])).undefined(AF | PF));
-            f.push(Form::new(format!("bzhi{n}"), &vex(2, 0, w, 0xf5, 1, 6, rm, &[])).undefined(AF | PF)
-                .prepare(|r, rng| r.gpr[6] = rng.below(80) | rng.next() << 8));
+            f.push(
+                Form::new(format!("bzhi{n}"), &vex(2, 0, w, 0xf5, 1, 6, rm, &[]))
+                    .undefined(AF | PF)
+                    .prepare(|r, rng| r.gpr[6] = rng.below(80) | rng.next() << 8),
+            );
             f.push(Form::new(format!("pdep{n}"), &vex(2, 3, w, 0xf5, 1, 6, rm, &[])));
             f.push(Form::new(format!("pext{n}"), &vex(2, 2, w, 0xf5, 1, 6, rm, &[])));
             f.push(Form::new(format!("mulx{n}"), &vex(2, 3, w, 0xf6, 1, 6, rm, &[])));
@@ -447,9 +578,20 @@ fn bmi(f: &mut Vec<Form>) {
 fn addresses(f: &mut Vec<Form>) {
     // LEA with every kind of address: nothing is accessed, so registers are random.
     let modrms: [&[u8]; 14] = [
-        &[0x0a], &[0x4a, 0x80], &[0x8a, 0x78, 0x56, 0x34, 0x92], &[0x0c, 0x0a], &[0x0c, 0x4a], &[0x0c, 0x8a],
-        &[0x0c, 0xca], &[0x4c, 0xf5, 0x40], &[0x8c, 0x2e, 1, 2, 3, 0xf4], &[0x0c, 0x25, 1, 2, 3, 0x84],
-        &[0x0c, 0x2d, 1, 2, 3, 0x84], &[0x0d, 0x10, 0, 0, 0], &[0x0d, 0x10, 0, 0, 0x80], &[0x4c, 0x24, 0xf8],
+        &[0x0a],
+        &[0x4a, 0x80],
+        &[0x8a, 0x78, 0x56, 0x34, 0x92],
+        &[0x0c, 0x0a],
+        &[0x0c, 0x4a],
+        &[0x0c, 0x8a],
+        &[0x0c, 0xca],
+        &[0x4c, 0xf5, 0x40],
+        &[0x8c, 0x2e, 1, 2, 3, 0xf4],
+        &[0x0c, 0x25, 1, 2, 3, 0x84],
+        &[0x0c, 0x2d, 1, 2, 3, 0x84],
+        &[0x0d, 0x10, 0, 0, 0],
+        &[0x0d, 0x10, 0, 0, 0x80],
+        &[0x4c, 0x24, 0xf8],
     ];
     for m in modrms {
         for rex in [0x40u8, 0x48, 0x43, 0x4b, 0x4f] {
@@ -479,8 +621,14 @@ fn addresses(f: &mut Vec<Form>) {
         r.gpr[3] |= 0xffff_ffff_0000_0000;
     };
     for (m, rex) in [
-        (&[0x04u8, 0x0b][..], 0x48u8), (&[0x04, 0x4b], 0x48), (&[0x44, 0xcb, 0x20], 0x48), (&[0x45, 0x08], 0x48),
-        (&[0x04, 0x24], 0x48), (&[0x04, 0x24], 0x49), (&[0x45, 0xf0], 0x49), (&[0x84, 0x8d, 0x40, 0, 0, 0], 0x48),
+        (&[0x04u8, 0x0b][..], 0x48u8),
+        (&[0x04, 0x4b], 0x48),
+        (&[0x44, 0xcb, 0x20], 0x48),
+        (&[0x45, 0x08], 0x48),
+        (&[0x04, 0x24], 0x48),
+        (&[0x04, 0x24], 0x49),
+        (&[0x45, 0xf0], 0x49),
+        (&[0x84, 0x8d, 0x40, 0, 0, 0], 0x48),
     ] {
         for op in [0x8bu8, 0x89, 0x03] {
             let mut b = vec![rex, op];
@@ -569,7 +717,9 @@ fn stack(f: &mut Vec<Form>) {
 }
 
 fn flags(f: &mut Vec<Form>) {
-    for (name, b) in [("clc", 0xf8u8), ("stc", 0xf9), ("cmc", 0xf5), ("cld", 0xfc), ("std", 0xfd), ("lahf", 0x9f), ("sahf", 0x9e)] {
+    for (name, b) in
+        [("clc", 0xf8u8), ("stc", 0xf9), ("cmc", 0xf5), ("cld", 0xfc), ("std", 0xfd), ("lahf", 0x9f), ("sahf", 0x9e)]
+    {
         f.push(Form::new(name, &[b]));
     }
     f.push(Form::new("pushf", &[0x9c]));

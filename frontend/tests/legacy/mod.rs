@@ -80,23 +80,41 @@ fn sized(f: &mut Vec<Form>, mode: Mode, size: u8) {
     f.last_mut().unwrap().undefined = AF;
     let scan = CF | OF | SF | AF | PF;
     for (name, op) in [("bsf", 0xbcu8), ("bsr", 0xbd)] {
-        f.push(Form::new(format!("{mode:?} {name}{size}"), &enc(&[0x0f, op], &memory(mode, 3))).mode(mode).undefined(scan));
+        f.push(
+            Form::new(format!("{mode:?} {name}{size}"), &enc(&[0x0f, op], &memory(mode, 3))).mode(mode).undefined(scan),
+        );
     }
     for (name, op) in [("bt", 0xa3u8), ("bts", 0xab)] {
         let form = Form::new(format!("{mode:?} {name}{size} m, r"), &enc(&[0x0f, op], &memory(mode, 1))).mode(mode);
-        f.push(form.undefined(OF | SF | AF | PF).prepare(|r, rng| r.gpr[1] = rng.below(0x1000).wrapping_sub(0x800) as u32 as u64));
+        f.push(
+            form.undefined(OF | SF | AF | PF)
+                .prepare(|r, rng| r.gpr[1] = rng.below(0x1000).wrapping_sub(0x800) as u32 as u64),
+        );
     }
     for (name, n) in [("mul", 4u8), ("imul", 5)] {
-        f.push(Form::new(format!("{mode:?} {name}{size}"), &enc(&[0xf7], &memory(mode, n))).mode(mode).undefined(SF | ZF | AF | PF));
+        f.push(
+            Form::new(format!("{mode:?} {name}{size}"), &enc(&[0xf7], &memory(mode, n)))
+                .mode(mode)
+                .undefined(SF | ZF | AF | PF),
+        );
     }
     for (name, n) in [("div", 6u8), ("idiv", 7)] {
-        let form = Form::new(format!("{mode:?} {name}{size}"), &enc(&[0xf7], &memory(mode, n))).mode(mode).undefined(ARITH);
+        let form =
+            Form::new(format!("{mode:?} {name}{size}"), &enc(&[0xf7], &memory(mode, n))).mode(mode).undefined(ARITH);
         f.push(form.prepare(|r, rng| r.gpr[2] = rng.below(3)));
     }
     f.push(Form::new(format!("{mode:?} leave{size}"), &enc(&[0xc9], &[])).mode(mode).pointers(&[5]));
     for level in [0u8, 1, 3] {
-        f.push(Form::new(format!("{mode:?} enter{size} {level}"), &enc(&[0xc8], &[0x10, 0, level])).mode(mode).pointers(&[5])
-            .prepare(move |r, _| if mode == Mode::Bits16 { r.gpr[5] &= 0xffff }));
+        f.push(
+            Form::new(format!("{mode:?} enter{size} {level}"), &enc(&[0xc8], &[0x10, 0, level]))
+                .mode(mode)
+                .pointers(&[5])
+                .prepare(move |r, _| {
+                    if mode == Mode::Bits16 {
+                        r.gpr[5] &= 0xffff
+                    }
+                }),
+        );
     }
     let image = |m: &mut [u8], rng: &mut Rng| {
         let v = rng.next() & (ARITH | DF) | 0x202;
@@ -120,7 +138,11 @@ fn branches(f: &mut Vec<Form>, mode: Mode, size: u8) {
     }
     f.push(Form::new(format!("{mode:?} jmp rel {size}"), &enc(&[0xe9], &imm(size, d))).mode(mode));
     f.push(Form::new(format!("{mode:?} call rel {size}"), &enc(&[0xe8], &imm(size, d))).mode(mode));
-    f.push(Form::new(format!("{mode:?} jmp out {size}"), &enc(&[0xe9], &imm(size, 0x7fff_7f00))).mode(mode).skip(move |_| size == 2 || mode == Mode::Bits32));
+    f.push(
+        Form::new(format!("{mode:?} jmp out {size}"), &enc(&[0xe9], &imm(size, 0x7fff_7f00)))
+            .mode(mode)
+            .skip(move |_| size == 2 || mode == Mode::Bits32),
+    );
     for (name, op) in [("loopne", 0xe0u8), ("loope", 0xe1), ("loop", 0xe2), ("jcxz", 0xe3)] {
         for p in [&[][..], &[0x67]] {
             let bytes = [p, &enc(&[op], &[TAKEN as u8])].concat();
@@ -133,14 +155,18 @@ fn branches(f: &mut Vec<Form>, mode: Mode, size: u8) {
     }
     let to = move |len: usize| mode.rip() + (len + TAKEN) as u64;
     let at_sp = move |len: usize| {
-        move |m: &mut [u8], _: &mut Rng| m[SCRATCH_LEN / 2..SCRATCH_LEN / 2 + 4].copy_from_slice(&(to(len) as u32).to_le_bytes())
+        move |m: &mut [u8], _: &mut Rng| {
+            m[SCRATCH_LEN / 2..SCRATCH_LEN / 2 + 4].copy_from_slice(&(to(len) as u32).to_le_bytes())
+        }
     };
     let mut indirect = |name: &str, bytes: Vec<u8>| {
         let len = bytes.len();
-        f.push(Form::new(format!("{mode:?} {name} {size}"), &bytes).mode(mode).prepare_mem(at_sp(len)).prepare(move |r: &mut Regs, rng| {
-            // Sometimes a target beyond the limit of 16-bit CS.
-            r.gpr[0] = if mode == Mode::Bits16 && rng.below(4) == 0 { 0x1_0000 } else { 0 } | to(len);
-        }));
+        f.push(Form::new(format!("{mode:?} {name} {size}"), &bytes).mode(mode).prepare_mem(at_sp(len)).prepare(
+            move |r: &mut Regs, rng| {
+                // Sometimes a target beyond the limit of 16-bit CS.
+                r.gpr[0] = if mode == Mode::Bits16 && rng.below(4) == 0 { 0x1_0000 } else { 0 } | to(len);
+            },
+        ));
     };
     indirect("ret", enc(&[0xc3], &[]));
     indirect("ret n", enc(&[0xc2], &[8, 0]));
@@ -182,21 +208,23 @@ fn addresses(f: &mut Vec<Form>, mode: Mode) {
         for m in 0..3u8 {
             for rm in 0..8u8 {
                 let bytes = [p16, &prefix(mode, size), &[0x8d, m << 6 | 3 << 3 | rm, 0x85, 0x91]].concat();
-                let len = bytes.len() - match m {
-                    0 if rm == 6 => 0,
-                    0 => 2,
-                    1 => 1,
-                    _ => 0,
-                };
+                let len = bytes.len()
+                    - match m {
+                        0 if rm == 6 => 0,
+                        0 => 2,
+                        1 => 1,
+                        _ => 0,
+                    };
                 f.push(Form::new(format!("{mode:?} lea{size} a16 {m} {rm}"), &bytes[..len]).mode(mode).pointers(&[]));
                 let tail: &[u8] = if rm == 4 { &[0x8e, 1, 2, 3, 0x84] } else { &[1, 2, 3, 0x84] };
                 let bytes = [p32, &prefix(mode, size), &[0x8d, m << 6 | 3 << 3 | rm], tail].concat();
-                let len = bytes.len() - match m {
-                    0 if rm == 5 => 0,
-                    0 => 4,
-                    1 => 3,
-                    _ => 0,
-                };
+                let len = bytes.len()
+                    - match m {
+                        0 if rm == 5 => 0,
+                        0 => 4,
+                        1 => 3,
+                        _ => 0,
+                    };
                 f.push(Form::new(format!("{mode:?} lea{size} a32 {m} {rm}"), &bytes[..len]).mode(mode).pointers(&[]));
             }
         }
@@ -205,12 +233,16 @@ fn addresses(f: &mut Vec<Form>, mode: Mode) {
         // Loads through BX+SI, BP+DI (SS), with wrap-around and beyond the limit.
         for rm in 0..8u8 {
             for op in [0x8au8, 0x8b, 0x89] {
-                f.push(Form::new(format!("{mode:?} access {op:x} {rm}"), &[op, 0x80 | rm, 0x10, 0x00]).mode(mode).prepare(|r, rng| {
-                    r.gpr[3] = 0x1000 + rng.below(0x1800);
-                    r.gpr[5] = 0x1000 + rng.below(0x1800);
-                    r.gpr[6] = rng.below(0x2000).wrapping_sub(0x1000) & 0xffff;
-                    r.gpr[7] = if rng.below(4) == 0 { 0x3fee + rng.below(6) } else { rng.below(0x1000) };
-                }));
+                f.push(
+                    Form::new(format!("{mode:?} access {op:x} {rm}"), &[op, 0x80 | rm, 0x10, 0x00]).mode(mode).prepare(
+                        |r, rng| {
+                            r.gpr[3] = 0x1000 + rng.below(0x1800);
+                            r.gpr[5] = 0x1000 + rng.below(0x1800);
+                            r.gpr[6] = rng.below(0x2000).wrapping_sub(0x1000) & 0xffff;
+                            r.gpr[7] = if rng.below(4) == 0 { 0x3fee + rng.below(6) } else { rng.below(0x1000) };
+                        },
+                    ),
+                );
             }
         }
         for op in [0xa0u8, 0xa1, 0xa2, 0xa3] {
@@ -222,7 +254,8 @@ fn addresses(f: &mut Vec<Form>, mode: Mode) {
 }
 
 fn bytes(f: &mut Vec<Form>, mode: Mode) {
-    let undefined = [("daa", 0x27u8, OF), ("das", 0x2f, OF), ("aaa", 0x37, OF | SF | ZF | PF), ("aas", 0x3f, OF | SF | ZF | PF)];
+    let undefined =
+        [("daa", 0x27u8, OF), ("das", 0x2f, OF), ("aaa", 0x37, OF | SF | ZF | PF), ("aas", 0x3f, OF | SF | ZF | PF)];
     for (name, op, u) in undefined {
         f.push(Form::new(format!("{mode:?} {name}"), &[op]).mode(mode).undefined(u));
     }
