@@ -88,7 +88,7 @@ fn encode(info: &OpCodeInfo, reg: u8, rm: Rm, imm: u8) -> Option<Vec<u8>> {
 }
 
 fn random_mxcsr(rng: &mut Rng, masks: bool) -> u32 {
-    let masks = if masks { 0x1f80 } else { rng.next() as u32 & 0x1f80 | 0x800 };
+    let masks = if masks { 0x1f80 } else { rng.next() as u32 & 0x1f80 | 0xc00 };
     masks | rng.next() as u32 & 0xe040 & if rng.below(2) == 0 { 0x6000 } else { 0xffff } | if rng.below(3) == 0 { rng.next() as u32 & 0x3f } else { 0 }
 }
 
@@ -128,7 +128,8 @@ fn form(code: Code, bytes: &[u8], masked: bool) -> Form {
     // The SDM has CVTPI2PS from memory enter MMX state, which AMD processors do not.
     let enters = code == Code::Cvtpi2ps_xmm_mmm64 && bytes[2] < 0xc0;
     f.skip = Box::new(move |r| enters && r.fsw() & 0x80 != 0);
-    f.compare_x87 = !enters;
+    // Whether #XM leaves MMX state entered differs between processors.
+    f.compare_x87 = !enters && (masked || !format!("{code:?}").contains("_mm"));
     f.helpers = helpers;
     f
 }
@@ -169,14 +170,14 @@ fn with_immediate() {
     run_forms("SSE and MMX with an immediate", &forms(true, has_imm), USER64, 24);
 }
 
-/// Unmasked exceptions: #XM where the host raises SIGFPE, flags and registers as they are then. Underflow stays masked: see
-/// `fpu::mxcsr`.
+/// Unmasked exceptions: #XM where the host raises SIGFPE, flags and registers as they are then. Overflow and underflow stay
+/// masked, and the dot products (which check after each step) are left out: see `fpu::mxcsr`.
 #[test]
 fn unmasked_exceptions() {
     use CpuidFeature::*;
     let float = |c: Code| {
         let name = format!("{c:?}").to_lowercase();
-        c.cpuid_features().iter().any(|f| matches!(f, SSE | SSE2 | SSE3 | SSE4_1))
+        !name.starts_with("dp") && c.cpuid_features().iter().any(|f| matches!(f, SSE | SSE2 | SSE3 | SSE4_1))
             && (["ps_", "pd_", "ss_", "sd_"].iter().any(|s| name.contains(s)) || name.starts_with("cvt"))
     };
     let flags = TbFlags(USER64.0 | TbFlags::SSE_UNMASKED);

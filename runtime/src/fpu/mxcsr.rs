@@ -38,7 +38,8 @@ pub fn begin_checked(s: &mut CpuState) {
 /// After it: whether it raised an unmasked exception. The flags are in the state then; an unmasked exception that is found
 /// before the computation (invalid, denormal, divide by zero) keeps those found after it from being reported.
 ///
-/// Deviation: an exact tiny result with underflow unmasked goes unnoticed, since the host runs masked.
+/// Deviations, since the host runs masked: an exact tiny result with underflow unmasked goes unnoticed, PE may be set beside an
+/// unmasked overflow, and the dot products report the flags of all their steps.
 #[must_use]
 pub fn end_checked(s: &mut CpuState) -> bool {
     const BEFORE: u32 = 0b111;
