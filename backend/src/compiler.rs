@@ -16,17 +16,18 @@ use twofold_arch::CodeSize;
 use twofold_ir::Block;
 
 use crate::code::MAX_TB_BYTES;
-use crate::frame;
 use crate::lower::{self, Buffers};
 use crate::thunks::Thunk;
+use crate::tidy;
 
 /// How a memory access finds its host address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Probe {
-    /// The TLB probe is emitted in the block, with a cold call for a miss.
+    /// The TLB probe is emitted in the block, with a cold call for a miss. Costs up to twice the compile time of the
+    /// other and saves about 0.8 ns an access.
+    #[default]
     Inline,
     /// A call of a thunk that probes and accesses.
-    #[default]
     OutOfLine,
 }
 
@@ -81,6 +82,8 @@ pub(crate) struct CompiledSlot {
 pub struct CompiledTb {
     pub(crate) code: Vec<u8>,
     pub(crate) entry: u32,
+    /// Where instructions end and constants begin.
+    pub(crate) insns_end: u32,
     pub(crate) calls: Vec<(u32, Thunk)>,
     pub(crate) slots: Vec<CompiledSlot>,
     /// (offset of a return address, index of its guest instruction), ascending.
@@ -171,9 +174,12 @@ impl Compiler {
             return Err(CompileError::TooLarge);
         }
 
+        // Constants, if any, follow the last exit; every block ends with one.
+        let insns_end = buffer.relocs().iter().map(|r| r.offset + 4).max();
         let mut tb = CompiledTb {
             code: buffer.data().to_vec(),
             entry: 0,
+            insns_end: insns_end.unwrap_or(buffer.data().len() as u32),
             calls: Vec::new(),
             slots: lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off }).collect(),
             returns: Vec::new(),
@@ -203,7 +209,13 @@ impl Compiler {
             }
         }
         tb.returns.sort_unstable();
-        frame::remove(&mut tb);
+        let branches: Vec<(u32, u32)> = locations
+            .iter()
+            .filter(|l| !l.loc.is_default() && l.loc.bits() >> lower::SLOT_SHIFT != 0)
+            .map(|l| ((l.loc.bits() >> lower::SLOT_SHIFT) - 1, l.end))
+            .collect();
+        tidy::remove_frame(&mut tb);
+        tidy::branches_to_slots(&mut tb, &branches);
         Ok(tb)
     }
 }
@@ -225,7 +237,7 @@ fn host_isa() -> Option<OwnedTargetIsa> {
     for (name, value) in [
         ("opt_level", "none"),
         ("regalloc_algorithm", "backtracking"),
-        // Tail calls need them on x86-64; see `frame` for what becomes of them.
+        // Tail calls need them on x86-64; see `tidy` for what becomes of them.
         ("preserve_frame_pointers", "true"),
         ("unwind_info", "false"),
         ("enable_verifier", "false"),

@@ -40,6 +40,7 @@ pub const VIEW_MASK: usize = offset_of!(TlbView, mask);
 pub const VIEW_TABLE: usize = offset_of!(TlbView, table);
 
 pub const BUDGET: usize = offset_of!(CpuState, budget);
+pub const ATTENTION: usize = offset_of!(CpuState, attention);
 pub const RIP_BASE: usize = offset_of!(CpuState, rip_base);
 pub const RIP: usize = offset_of!(CpuState, rip);
 pub const JUMP_CACHE: usize = offset_of!(CpuState, jump_cache);

@@ -12,7 +12,6 @@ mod abi;
 mod code;
 mod compiler;
 mod disasm;
-mod frame;
 mod layout;
 mod lower;
 pub mod perf;
@@ -21,8 +20,10 @@ mod thunks;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "thunks_none.rs"]
 mod thunks;
+mod tidy;
 
 pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompiledTb, Compiler, Options, Probe};
+pub use disasm::disassemble;
 pub use thunks::{available, enter};

@@ -21,7 +21,7 @@ use cranelift_codegen::ir::{
 };
 use cranelift_codegen::isa::CallConv;
 use twofold_arch::CodeSize;
-use twofold_ir::{Block, Op, Ty, Value};
+use twofold_ir::{Block, Exit, Op, Ty, Value};
 
 use crate::compiler::{CompileError, Options};
 use crate::layout;
@@ -31,6 +31,10 @@ use crate::thunks::Thunk;
 pub(crate) const NAME_THUNK: u32 = 0;
 /// Name space of external functions that are direct exits; the index counts them.
 pub(crate) const NAME_SLOT: u32 = 1;
+
+/// A source location is the index of the guest instruction and, above this bit, for a branch that does nothing but take a
+/// direct exit, the number of that slot plus 1.
+pub(crate) const SLOT_SHIFT: u32 = 16;
 
 /// The CLIF type of every vector value; ops cast to what they need.
 const V: Type = types::I8X16;
@@ -343,7 +347,14 @@ impl Lowering<'_> {
                 let c = self.get(c)?;
                 let out = self.new_block(true);
                 let next = self.new_block(false);
+                let srcloc = self.cur.srcloc();
+                if matches!(side.exit, Exit::Jump { .. }) && side.retired == self.block.retired {
+                    // The branch may become the exit itself: it is found by this location, see `tidy`.
+                    let slot = self.out.slots.len() as u32 + 1;
+                    self.cur.set_srcloc(SourceLoc::new(srcloc.bits() | slot << SLOT_SHIFT));
+                }
                 self.cur.ins().brif(c, out, &[], next, &[]);
+                self.cur.set_srcloc(srcloc);
                 self.cur.goto_bottom(out);
                 self.exit(&side.exit, side.retired)?;
                 self.cur.goto_bottom(next);

@@ -2,8 +2,7 @@
 
 use cranelift_codegen::cursor::Cursor;
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::immediates::Offset32;
-use cranelift_codegen::ir::{InstBuilder, Opcode, types};
+use cranelift_codegen::ir::{InstBuilder, types};
 use twofold_ir::Exit;
 
 use super::{Lowering, NAME_SLOT, Shape};
@@ -15,11 +14,13 @@ impl Lowering<'_> {
     /// Charges the block's instructions to the budget; leaves when that or the attention word makes it negative.
     pub(super) fn budget_check(&mut self) {
         let n = self.block.retired;
-        let word = self.load_state(types::I64, layout::BUDGET);
-        let left = self.cur.ins().iadd_imm_s(word, -i64::from(n));
-        let (flags, off, state) = (self.trusted, Offset32::new(layout::BUDGET as i32), self.state);
-        self.cur.ins().Store(Opcode::Istore32, types::I64, flags, off, left, state);
-        let stop = self.cur.ins().icmp_imm_s(IntCC::SignedLessThan, left, 0);
+        // Two loads of 32 bits: one of 64 would wait for the store of the block before to leave the store buffer.
+        let budget = self.load_state(types::I32, layout::BUDGET);
+        let left = self.cur.ins().iadd_imm_s(budget, -i64::from(n));
+        self.store_state(left, layout::BUDGET);
+        let attention = self.load_state(types::I32, layout::ATTENTION);
+        let either = self.cur.ins().bor(left, attention);
+        let stop = self.cur.ins().icmp_imm_s(IntCC::SignedLessThan, either, 0);
         let leave = self.new_block(true);
         let body = self.new_block(false);
         self.cur.ins().brif(stop, leave, &[], body, &[]);

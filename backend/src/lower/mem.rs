@@ -7,7 +7,7 @@
 use cranelift_codegen::cursor::Cursor;
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{AtomicRmwOp, InstBuilder, MemFlagsData, Opcode, Value as Clif, immediates::Offset32, types};
-use twofold_ir::{MemFlags, RmwOp, Ty, Value};
+use twofold_ir::{BinOp, MemFlags, Op, RmwOp, Ty, Value};
 
 use super::{Lowering, Shape, clif};
 use crate::abi::{AccessKind, MemInfo};
@@ -17,6 +17,7 @@ use crate::thunks::Thunk;
 
 impl Lowering<'_> {
     pub(super) fn load(&mut self, i: usize, ty: Ty, flags: MemFlags, addr: Value) -> Result<(), CompileError> {
+        let value = addr;
         let addr = self.get(addr)?;
         let vector = ty == Ty::V128;
         if let Some(thunk) = self.probe_thunk(AccessKind::Load, ty, flags) {
@@ -30,7 +31,7 @@ impl Lowering<'_> {
             }
             return Ok(());
         }
-        let host = self.host_address(AccessKind::Load, ty, flags, addr, &[])?;
+        let host = self.host_address(AccessKind::Load, ty, flags, value, &[])?;
         let guest = self.guest;
         match ty {
             Ty::I64 | Ty::V128 => {
@@ -52,6 +53,7 @@ impl Lowering<'_> {
     }
 
     pub(super) fn store(&mut self, ty: Ty, flags: MemFlags, addr: Value, v: Value) -> Result<(), CompileError> {
+        let value = addr;
         let addr = self.get(addr)?;
         let x = self.get(v)?;
         if let Some(thunk) = self.probe_thunk(AccessKind::Store, ty, flags) {
@@ -64,16 +66,15 @@ impl Lowering<'_> {
             }
             return Ok(());
         }
-        let host = self.host_address(AccessKind::Store, ty, flags, addr, &[v])?;
+        let host = self.host_address(AccessKind::Store, ty, flags, value, &[v])?;
         let guest = self.guest;
         self.store_at(x, host, 0, guest);
         Ok(())
     }
 
     pub(super) fn rmw(&mut self, i: usize, op: RmwOp, ty: Ty, addr: Value, v: Value) -> Result<(), CompileError> {
-        let a = self.get(addr)?;
         let x = self.get(v)?;
-        let host = self.host_address(AccessKind::Rmw(op), ty, MemFlags::NONE, a, &[v])?;
+        let host = self.host_address(AccessKind::Rmw(op), ty, MemFlags::NONE, addr, &[v])?;
         let op = match op {
             RmwOp::Add => AtomicRmwOp::Add,
             RmwOp::Sub => AtomicRmwOp::Sub,
@@ -95,9 +96,8 @@ impl Lowering<'_> {
         expected: Value,
         new: Value,
     ) -> Result<(), CompileError> {
-        let a = self.get(addr)?;
         let (e, n) = (self.get(expected)?, self.get(new)?);
-        let host = self.host_address(AccessKind::CmpXchg, ty, MemFlags::NONE, a, &[expected, new])?;
+        let host = self.host_address(AccessKind::CmpXchg, ty, MemFlags::NONE, addr, &[expected, new])?;
         let old = self.cur.ins().atomic_cas(MemFlagsData::trusted(), host, e, n);
         self.set(i, old);
         Ok(())
@@ -117,9 +117,10 @@ impl Lowering<'_> {
         kind: AccessKind,
         ty: Ty,
         flags: MemFlags,
-        addr: Clif,
+        address: Value,
         operands: &[Value],
     ) -> Result<Clif, CompileError> {
+        let addr = self.get(address)?;
         let mode = self.block.flags.mem_mode();
         let view = layout::tlb_view(mode as usize);
         let size = i64::from(ty.bytes());
@@ -139,7 +140,8 @@ impl Lowering<'_> {
         } else if flags.has(MemFlags::ALIGNED) {
             self.cur.ins().band_imm_s(addr, -4096 | (size - 1))
         } else {
-            let last = self.cur.ins().iadd_imm_s(addr, size - 1);
+            let (base, off) = self.base_and_offset(address)?;
+            let last = self.cur.ins().iadd_imm_s(base, off.wrapping_add(size - 1));
             self.cur.ins().band_imm_s(last, -4096)
         };
         let write = kind != AccessKind::Load || flags.has(MemFlags::WRITE_INTENT);
@@ -172,5 +174,15 @@ impl Lowering<'_> {
         self.cur.ins().jump(join, &[there.into()]);
         self.cur.goto_bottom(join);
         Ok(result)
+    }
+
+    /// A 64-bit value as another plus a constant: itself plus 0 if it is no such sum.
+    fn base_and_offset(&self, v: Value) -> Result<(Clif, i64), CompileError> {
+        if let Op::Bin { op: BinOp::Add, ty: Ty::I64, a, b } = *self.block.op(v)
+            && let Op::Const { imm, .. } = *self.block.op(b)
+        {
+            return Ok((self.get(a)?, imm as i64));
+        }
+        Ok((self.get(v)?, 0))
     }
 }
