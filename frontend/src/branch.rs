@@ -54,9 +54,9 @@ pub(crate) const ROWS: &[Row] = &[
     Row::all(Mnemonic::Int3, |t| soft_int(t, 1)),
     Row::all(Mnemonic::Into, |t| soft_int(t, 2)),
     Row::all(Mnemonic::Int1, |t| soft_int(t, 3)),
-    Row::all(Mnemonic::Iret, |t| sized(t, Helper::Iret, Ty::I16)),
-    Row::all(Mnemonic::Iretd, |t| sized(t, Helper::Iret, Ty::I32)),
-    Row::all(Mnemonic::Iretq, |t| sized(t, Helper::Iret, Ty::I64)),
+    Row::all(Mnemonic::Iret, |t| iret(t, Ty::I16)),
+    Row::all(Mnemonic::Iretd, |t| iret(t, Ty::I32)),
+    Row::all(Mnemonic::Iretq, |t| iret(t, Ty::I64)),
     Row::all(Mnemonic::Syscall, syscall).feature(Feature::Syscall).need(Need::BITS64),
     Row::all(Mnemonic::Sysret, |t| sized(t, Helper::Sysret, Ty::I32)).feature(Feature::Syscall).need(SYSRET),
     Row::all(Mnemonic::Sysretq, |t| sized(t, Helper::Sysret, Ty::I64)).feature(Feature::Syscall).need(SYSRET),
@@ -343,6 +343,13 @@ fn soft_int(t: &mut Translator<'_>, kind: u64) {
 fn sized(t: &mut Translator<'_>, helper: Helper, ty: Ty) {
     let size = t.c64(u64::from(ty.log2_bytes()));
     t.call(helper, &[size]);
+    t.end_helped();
+}
+
+fn iret(t: &mut Translator<'_>, ty: Ty) {
+    let size = t.c64(u64::from(ty.log2_bytes()));
+    let next = t.next_rip();
+    t.call(Helper::Iret, &[size, next]);
     t.end_helped();
 }
 

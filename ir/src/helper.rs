@@ -107,8 +107,8 @@ helpers! {
     Pause "pause" (0) faults;
     /// (vector, next RIP, kind 0 INT n 1 INT3 2 INTO 3 INT1): software interrupt; sets state.rip.
     SoftInt "soft_int" (3) faults;
-    /// (log2 bytes of operand): IRET; sets state.rip.
-    Iret "iret" (1) faults;
+    /// (log2 bytes of operand, next RIP): IRET; sets state.rip. The next RIP is where a task left by IRET resumes.
+    Iret "iret" (2) faults;
 
     // ---- far transfers and segments ---------------------------------------------------------------------------------
     /// (segment 0..6, selector): MOV/POP/LxS to a segment register with the mode's checks.

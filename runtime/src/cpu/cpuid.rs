@@ -77,7 +77,7 @@ cpuid_bits! {
     Sse2 "sse2" 1 0 D 26 [Sse2] max;
     Ss "ss" 1 0 D 27 max;
     Pni "sse3" 1 0 C 0 [Sse3] max;
-    Pclmulqdq "pclmulqdq" 1 0 C 1 [Pclmulqdq];
+    Pclmulqdq "pclmulqdq" 1 0 C 1 [Pclmulqdq] max;
     Monitor "monitor" 1 0 C 3 [Monitor];
     Ssse3 "ssse3" 1 0 C 9 [Ssse3] max;
     Cx16 "cx16" 1 0 C 13 [Cx16] max;
@@ -88,7 +88,7 @@ cpuid_bits! {
     Movbe "movbe" 1 0 C 22 [Movbe] max;
     Popcnt "popcnt" 1 0 C 23 [Popcnt] max;
     TscDeadline "tsc-deadline" 1 0 C 24 max;
-    Aes "aes" 1 0 C 25 [Aes];
+    Aes "aes" 1 0 C 25 [Aes] max;
     Xsave "xsave" 1 0 C 26 [Xsave] max;
     Rdrand "rdrand" 1 0 C 30 [Rdrand] max;
     Hypervisor "hypervisor" 1 0 C 31 max;
@@ -107,15 +107,15 @@ cpuid_bits! {
     Smap "smap" 7 0 B 20 [Smap] max;
     Clflushopt "clflushopt" 7 0 B 23 [Clflushopt] max;
     Clwb "clwb" 7 0 B 24 [Clwb] max;
-    Sha "sha" 7 0 B 29 [Sha];
+    Sha "sha" 7 0 B 29 [Sha] max;
     Umip "umip" 7 0 C 2 [Umip] max;
     Pku "pku" 7 0 C 3 [Pku] max;
     La57 "la57" 7 0 C 16 max;
     Rdpid "rdpid" 7 0 C 22 [Rdpid] max;
-    Movdiri "movdiri" 7 0 C 27 [Movdiri];
+    Movdiri "movdiri" 7 0 C 27 [Movdiri] max;
     Movdir64b "movdir64b" 7 0 C 28 [Movdir64b];
     Fsrm "fsrm" 7 0 D 4 [Fsrm] max;
-    Serialize "serialize" 7 0 D 14 [Serialize];
+    Serialize "serialize" 7 0 D 14 [Serialize] max;
     SpecCtrl "spec-ctrl" 7 0 D 26 max;
     FlushL1d "flush-l1d" 7 0 D 28 max;
     ArchCapabilities "arch-capabilities" 7 0 D 29 max;
@@ -574,7 +574,7 @@ mod tests {
         assert!(!m.has(Bit::La57) && !m.has(Bit::Pcid) && !m.has(Bit::Invpcid));
         assert_eq!(m.cpuid(0x8000_0008, 0, &state(1))[0] >> 8 & 0xff, 48);
         assert!(CpuModel::parse("max,+sse4_2").is_ok());
-        for bad in ["pentium", "max,+avx9", "max,la57", "", "max,+sha"] {
+        for bad in ["pentium", "max,+avx9", "max,la57", "", "max,+movdir64b"] {
             let e = CpuModel::parse(bad).unwrap_err();
             assert!(!e.contains('\n') && !e.is_empty(), "{e}");
         }

@@ -128,6 +128,20 @@ fn task_target(v: &mut Vcpu, selector: u16, d: &Descriptor, gate: bool) -> Resul
     Ok(if gate { (d.raw >> 16) as u16 } else { selector })
 }
 
+/// A task switch by an instruction, to the task of `tss` or, without one, the one the current TSS links to. What the new
+/// task raises before its first instruction is delivered here, in its context.
+fn switch_task(v: &mut Vcpu, tss: Option<u16>, cause: task::Cause, next_rip: u64) -> Helped {
+    let tss = match tss {
+        Some(tss) => tss,
+        None => task::previous(v)?,
+    };
+    if let Err(trap) = task::switch(v, tss, cause, next_rip, None)? {
+        // A shutdown shows again when the same trap is delivered once more.
+        super::interrupt::deliver_trap(v, trap).map_err(|_| trap)?;
+    }
+    Ok(0)
+}
+
 /// Far JMP (SDM Vol 2A, "JMP—Jump").
 pub fn far_jmp(v: &mut Vcpu, selector: u16, offset: u64, log2: u64, next_rip: u64) -> Helped {
     let offset = truncate(offset, log2);
@@ -150,8 +164,7 @@ pub fn far_jmp(v: &mut Vcpu, selector: u16, offset: u64, log2: u64, next_rip: u6
             }
             kind => {
                 let tss = task_target(v, selector, &d, matches!(kind, System::TaskGate))?;
-                task::switch(v, tss, task::Cause::Jump, next_rip, None)?;
-                return Ok(0);
+                return switch_task(v, Some(tss), task::Cause::Jump, next_rip);
             }
         }
     } else {
@@ -202,8 +215,7 @@ pub fn far_call(v: &mut Vcpu, selector: u16, offset: u64, log2: u64, next_rip: u
             }
             kind => {
                 let tss = task_target(v, selector, &d, matches!(kind, System::TaskGate))?;
-                task::switch(v, tss, task::Cause::Call, next_rip, None)?;
-                return Ok(0);
+                return switch_task(v, Some(tss), task::Cause::Call, next_rip);
             }
         }
     } else {
@@ -370,7 +382,7 @@ pub(super) fn merge_flags(s: &mut CpuState, image: u64, mask: u64) {
 }
 
 /// IRET (SDM Vol 2A, "IRET/IRETD/IRETQ—Interrupt Return").
-pub fn iret(v: &mut Vcpu, log2: u64) -> Helped {
+pub fn iret(v: &mut Vcpu, log2: u64, next_rip: u64) -> Helped {
     let bytes = 1 << log2.clamp(1, 3);
     if !is_protected(&v.state) {
         iret_real(v, bytes)?;
@@ -378,7 +390,7 @@ pub fn iret(v: &mut Vcpu, log2: u64) -> Helped {
         if is_long(&v.state) {
             return Err(GP0);
         }
-        task::return_to_previous(v)?;
+        switch_task(v, None, task::Cause::Return, next_rip)?;
     } else {
         iret_protected(v, bytes)?;
     }

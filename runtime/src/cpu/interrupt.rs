@@ -285,7 +285,7 @@ fn through_gate(v: &mut Vcpu, d: &Delivery) -> Result<(), Trap> {
     }
     let selector = (gate >> 16) as u16;
     if kind == 5 {
-        return task::switch(v, selector, task::Cause::Interrupt, d.rip, d.error);
+        return task::switch(v, selector, task::Cause::Interrupt, d.rip, d.error)?;
     }
     let bytes = if kind & 8 != 0 { 4 } else { 2 };
     let offset = gate & 0xffff | if bytes == 4 { gate >> 32 & 0xffff_0000 } else { 0 };

@@ -63,7 +63,7 @@ table! { v, a, b, c, d;
     Hlt => ops::hlt(v),
     Pause => Ok(0),
     SoftInt => interrupt::soft_int(v, a as u8, b, c),
-    Iret => far::iret(v, a),
+    Iret => far::iret(v, a, b),
     LoadSeg => segments::load_seg(v, a as usize, b as u16).map(|()| 0),
     FarJmp => far::far_jmp(v, a as u16, b, c, d),
     FarCall => far::far_call(v, a as u16, b, c, d),

@@ -65,13 +65,10 @@ pub(super) enum Cause {
     Return,
 }
 
-/// IRET with NT set: back to the task that the current TSS links to.
-pub(super) fn return_to_previous(v: &mut Vcpu) -> Result<(), Trap> {
+/// The task that the current TSS links to: where IRET with NT set goes.
+pub(super) fn previous(v: &mut Vcpu) -> Result<u16, Trap> {
     let tss = v.state.seg[TR];
-    let link = read_tss(v, &tss, 0, 2, selector_fault(Vector::InvalidTss, tss.selector))? as u16;
-    // The outgoing task resumes after its IRET.
-    let rip = v.state.rip;
-    switch(v, link, Cause::Return, rip, None)
+    Ok(read_tss(v, &tss, 0, 2, selector_fault(Vector::InvalidTss, tss.selector))? as u16)
 }
 
 /// What a TSS holds of a task, widths made uniform.
@@ -107,8 +104,15 @@ fn layout(tss: &Segment) -> &'static Layout {
     if tss.attr & 8 != 0 { &TSS32 } else { &TSS16 }
 }
 
-/// Switches to the task whose TSS `selector` names (SDM Vol 3A, "Task Switching").
-pub(super) fn switch(v: &mut Vcpu, selector: u16, cause: Cause, rip: u64, error: Option<u32>) -> Result<(), Trap> {
+/// Switches to the task whose TSS `selector` names (SDM Vol 3A, "Task Switching"). The outer error is the instruction's or
+/// the delivery's own, with nothing changed; the inner one is raised by the new task, at its first instruction.
+pub(super) fn switch(
+    v: &mut Vcpu,
+    selector: u16,
+    cause: Cause,
+    rip: u64,
+    error: Option<u32>,
+) -> Result<Result<(), Trap>, Trap> {
     let bad = if cause == Cause::Return { Vector::InvalidTss } else { Vector::GeneralProtection };
     if is_null(selector) || selector & 4 != 0 {
         return Err(selector_fault(bad, selector));
@@ -149,10 +153,15 @@ pub(super) fn switch(v: &mut Vcpu, selector: u16, cause: Cause, rip: u64, error:
     v.state.seg[TR] = tss;
     v.state.cr0 |= cr0::TS;
     load_registers(v, &image, nested);
-    load_segments(v, &image)?;
+    Ok(enter(v, &image, new.width, error))
+}
+
+/// What happens in the new task's context: segments, the error code, the limit of CS, the debug trap.
+fn enter(v: &mut Vcpu, image: &TaskImage, width: u32, error: Option<u32>) -> Result<(), Trap> {
+    load_segments(v, image)?;
     if let Some(error) = error {
         let mut stack = Stack::current(&v.state);
-        stack.push(v, new.width, u64::from(error))?;
+        stack.push(v, width, u64::from(error))?;
         stack.commit(&mut v.state);
     }
     if v.state.rip > u64::from(v.state.seg[CS].limit) {

@@ -56,7 +56,7 @@ fn interrupt_at_cpl_0_aligns_the_stack_and_keeps_ss() {
     assert_eq!(v.state.seg[2].selector, KERNEL_DS);
     assert_eq!(v.state.rflags_sys & rflags::IF, 0);
     // And back.
-    far::iret(&mut v, 3).unwrap();
+    far::iret(&mut v, 3, 0).unwrap();
     assert_eq!((v.state.rip, v.state.gpr[4]), (0x5000, 0x1_f008));
     assert_ne!(v.state.rflags_sys & rflags::IF, 0);
 }
@@ -149,7 +149,7 @@ fn nmis_are_blocked_until_iret() {
     let mut v = long_mode();
     deliver(&mut v, Event::Nmi).unwrap();
     assert_eq!((v.state.rip, v.state.nmi_blocked), (handler(2), 1));
-    far::iret(&mut v, 3).unwrap();
+    far::iret(&mut v, 3, 0).unwrap();
     assert_eq!(v.state.nmi_blocked, 0);
 }
 
@@ -188,7 +188,7 @@ fn iret_checks_before_it_changes_anything() {
         v.state.gpr[4] = 0x1_e000;
         frame(&v, words);
         let before = (v.state.rip, v.state.gpr, v.state.seg, v.state.cpl, v.state.rflags());
-        assert_eq!(exception(far::iret(&mut v, 3)), expected, "{words:x?}");
+        assert_eq!(exception(far::iret(&mut v, 3, 0)), expected, "{words:x?}");
         assert_eq!((v.state.rip, v.state.gpr, v.state.seg, v.state.cpl, v.state.rflags()), before);
     }
 }
@@ -202,7 +202,7 @@ fn iret_in_ring_3_keeps_iopl_and_if() {
         poke64(&v, 0x2_3000 + 8 * i as u64, w);
     }
     v.state.gpr[4] = 0x2_3000;
-    far::iret(&mut v, 3).unwrap();
+    far::iret(&mut v, 3, 0).unwrap();
     assert_eq!(v.state.rip, 0x6100);
     assert_eq!(v.state.rflags(), rflags::IF | rflags::AC | rflags::ZF | 2);
 }
@@ -214,7 +214,7 @@ fn iret_to_32_bit_user_drops_kernel_data_segments() {
         poke64(&v, 0x1_e000 + 8 * i as u64, x);
     }
     v.state.gpr[4] = 0x1_e000;
-    far::iret(&mut v, 3).unwrap();
+    far::iret(&mut v, 3, 0).unwrap();
     assert!(!is_64bit(&v.state));
     assert_eq!(v.state.gpr[4], 0xffff_f000);
     for i in [0, 3, 4, 5] {
@@ -297,7 +297,7 @@ fn deliveries_through_garbage_end() {
             _ => Event::Exception(Exception::GP0),
         };
         let _ = deliver(&mut v, event);
-        let _ = far::iret(&mut v, 1 + next() % 3);
+        let _ = far::iret(&mut v, 1 + next() % 3, 0);
         let _ = far::far_call(&mut v, next() as u16, next(), 2, 0);
         let _ = far::far_ret(&mut v, 2, next() & 0xffff);
     }

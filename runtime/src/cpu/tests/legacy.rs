@@ -70,7 +70,7 @@ fn to_ring3(v: &mut Vcpu, flags: u64) {
     for x in [u64::from(DS3), 0x2_4000, flags, u64::from(CS3), 0x6000] {
         push32(v, x);
     }
-    far::iret(v, 2).unwrap();
+    far::iret(v, 2, 0).unwrap();
     assert_eq!((v.state.cpl, v.state.rip, v.state.gpr[4]), (3, 0x6000, 0x2_4000));
 }
 
@@ -88,7 +88,7 @@ fn real_mode_goes_through_the_vector_table() {
     assert_eq!(v.state.gpr[4], 0xabcd_0ffa);
     assert_eq!(peek(&v, 0xffa, 6), 0x0203_0200_0012);
     assert_eq!(v.state.rflags_sys & rflags::IF, 0);
-    far::iret(&mut v, 1).unwrap();
+    far::iret(&mut v, 1, 0).unwrap();
     assert_eq!((v.state.rip, v.state.seg[1].selector, v.state.gpr[4]), (0x12, 0x200, 0xabcd_1000));
     assert_eq!(v.state.rflags(), rflags::IF | rflags::CF | 2);
     // A stack at 1: the push wraps beyond the limit, #SS without an error code, which needs the stack too: shutdown.
@@ -119,7 +119,7 @@ fn ring_3_interrupt_takes_the_tss_stack_and_iret_drops_inner_segments() {
     v.state.gpr[4] += 4;
     load_seg(&mut v, 3, DS0).unwrap();
     load_seg(&mut v, 5, DS3).unwrap();
-    far::iret(&mut v, 2).unwrap();
+    far::iret(&mut v, 2, 0).unwrap();
     assert_eq!((v.state.cpl, v.state.seg[3].selector, v.state.seg[5].selector), (3, 0, DS3));
 }
 
@@ -195,11 +195,24 @@ fn call_to_a_tss_and_nested_return() {
     assert_eq!((access(&v, TSS_A), access(&v, TSS_B)), (0x8b, 0x8b));
     // A busy TSS cannot be called.
     assert_gp(far::far_call(&mut v, TSS_B, 0, 2, 0), TSS_B.into());
-    far::iret(&mut v, 2).unwrap();
+    far::iret(&mut v, 2, 0x7123).unwrap();
     assert_eq!((v.state.rip, v.state.gpr[0], v.state.seg[7].selector), (0x5007, 0xaaaa, TSS_A));
     assert_eq!((access(&v, TSS_A), access(&v, TSS_B)), (0x8b, 0x89));
     assert_eq!(v.state.rflags(), rflags::IF | 2);
     assert_eq!(peek(&v, TSS_B_AT + 36, 4) & rflags::NT, 0);
+    assert_eq!(peek(&v, TSS_B_AT + 32, 4), 0x7123);
+}
+
+#[test]
+fn what_the_new_task_raises_is_delivered_in_its_context() {
+    let mut v = protected();
+    task_b(&v);
+    // DS is beyond the GDT: #TS with the new task's CS:EIP in the frame, on its stack.
+    poke(&v, TSS_B_AT + 84, &0x1000u32.to_le_bytes());
+    far::far_jmp(&mut v, TSS_B, 0, 2, 0x5007).unwrap();
+    assert_eq!((v.state.rip, v.state.gpr[4]), (HANDLERS + 16 * 10, 0x1_d000 - 16));
+    assert_eq!(frame(&v, 3), [0x1000, 0x7100, u64::from(CS0)]);
+    assert_eq!(v.state.seg[7].selector, TSS_B);
 }
 
 #[test]
@@ -226,7 +239,7 @@ fn to_v86(v: &mut Vcpu, flags: u64) {
     for x in [6, 5, 4, 3, 0x2000, 0xffe, flags | rflags::VM, 0x1000, 0x10] {
         push32(v, x);
     }
-    far::iret(v, 2).unwrap();
+    far::iret(v, 2, 0).unwrap();
     assert_eq!((v.state.cpl, v.state.seg[1].base, v.state.seg[2].base), (3, 0x1_0000, 0x2_0000));
     assert_eq!([0, 3, 4, 5].map(|i| v.state.seg[i].selector), [3, 4, 5, 6]);
 }
@@ -240,7 +253,7 @@ fn virtual_8086_mode_is_entered_and_left() {
     assert_eq!(v.state.gpr[4], ESP0 - 36);
     assert_eq!(frame(&v, 9), [0x10, 0x1000, rflags::IF | rflags::VM | 2, 0xffe, 0x2000, 3, 4, 5, 6]);
     assert_eq!(v.state.seg[3].attr, attr::UNUSABLE);
-    far::iret(&mut v, 2).unwrap();
+    far::iret(&mut v, 2, 0).unwrap();
     assert_ne!(v.state.rflags_sys & rflags::VM, 0);
     // INT n with IOPL < 3 is #GP(0); INT3 is not IOPL-sensitive.
     assert_gp(soft_int(&mut v, 0x21, 0x12, 0), 0);
@@ -261,7 +274,7 @@ fn vme_redirects_software_interrupts() {
     assert_eq!(v.state.rflags_sys & rflags::VIF, 0);
     // VIF shows as IF in the frame, IOPL as 3.
     assert_eq!(peek(&v, 0x2_0000 + 0xffc, 2) & (rflags::IF | rflags::IOPL), rflags::IF | rflags::IOPL);
-    far::iret(&mut v, 1).unwrap();
+    far::iret(&mut v, 1, 0).unwrap();
     assert_ne!(v.state.rflags_sys & rflags::VIF, 0);
     poke(&v, TSS + 0x68 + 4, &[2]);
     assert_gp(soft_int(&mut v, 0x21, 0x12, 0), 0);

@@ -150,7 +150,7 @@ fn to_user(v: &mut Vcpu, rip: u64, flags: u64) {
         poke64(v, sp + 8 * i as u64, x);
     }
     v.state.gpr[4] = sp;
-    far::iret(v, 3).unwrap();
+    far::iret(v, 3, 0).unwrap();
     assert_eq!(v.state.cpl, 3);
 }
 
