@@ -1,6 +1,7 @@
 //! Firmware ROM images: mapped below 4 GiB and, their top 128 KiB, below 1 MiB.
 //!
 //! Place in the pipeline: before the physical map is shared; the processor then starts at the reset vector, the ROM's last 16 bytes.
+//! The copy below 1 MiB is RAM (shadowed from the start): there is no chipset register by which firmware could unlock it.
 
 use std::path::Path;
 
@@ -32,9 +33,9 @@ fn map_image(rom: &[u8], map: &mut PhysMap) -> Result<(), Problem> {
     }
     let legacy = size.min(LEGACY);
     let top = &rom[(size - legacy) as usize..];
-    let placed =
-        map.add_rom(PhysAddr((1 << 32) - size), rom).and_then(|()| map.add_rom(PhysAddr((1 << 20) - legacy), top));
-    placed.map_err(|_| Problem::RomSize(size))
+    map.add_rom(PhysAddr((1 << 32) - size), rom).map_err(|_| Problem::RomSize(size))?;
+    map.write(PhysAddr((1 << 20) - legacy), top);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -52,6 +53,11 @@ mod tests {
         for (at, value) in [(0xffff_fff0, 255), (0xfffc_0000, 0), (0xf_fff0, 255), (0xe_0000, 128)] {
             map.read(PhysAddr(at), &mut b);
             assert_eq!(b[0], value, "{at:#x}");
+        }
+        for (at, after) in [(0xf_fff0, 1), (0xffff_fff0, 255)] {
+            map.write(PhysAddr(at), &[1]);
+            map.read(PhysAddr(at), &mut b);
+            assert_eq!(b[0], after, "the shadow takes writes, the ROM does not");
         }
     }
 

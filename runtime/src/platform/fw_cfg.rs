@@ -66,7 +66,8 @@ impl FwCfg {
 
     /// Selects an item and goes to its start.
     pub fn select(&mut self, key: u16) {
-        self.selected = key & 0x3fff;
+        // Bit 14 selected an item for writing once; bit 15 marks items of the architecture's own.
+        self.selected = key & !0x4000;
         self.offset = 0;
     }
 
@@ -96,6 +97,7 @@ mod tests {
         assert_eq!(item(&mut f, MAX_CPUS, 2), [3, 0]);
         assert_eq!(item(&mut f, RAM_SIZE, 8), (512u64 << 20).to_le_bytes());
         assert_eq!(item(&mut f, 0x1234, 2), [0, 0]);
+        assert_eq!(item(&mut f, 0x8000, 2), [0, 0], "no ACPI tables of our own, not the signature");
     }
 
     #[test]
