@@ -454,6 +454,17 @@ fn moves(f: &mut Vec<Form>) {
     f.push(Form::new("prefetchw", &[0x0f, 0x0d, 0x4b, 0x10]));
     f.push(Form::new("movnti4", &[0x0f, 0xc3, 0x4b, 0x10]));
     f.push(Form::new("movnti8", &[0x48, 0x0f, 0xc3, 0x4b, 0x10]));
+    // Hint NOPs, whatever they have come to mean on other CPUs.
+    for op in 0x18..=0x1fu8 {
+        for reg in 0..8u8 {
+            for prefix in [&[][..], &[0x66], &[0xf2], &[0xf3]] {
+                for modrm in [&[0xc1 | reg << 3][..], &[0x43 | reg << 3, 0x10]] {
+                    let bytes = [prefix, &[0x0f, op], modrm].concat();
+                    f.push(Form::new(format!("hint {bytes:02x?}"), &bytes));
+                }
+            }
+        }
+    }
     f.push(Form::new("ud2", &[0x0f, 0x0b]));
     f.push(Form::new("lock nop is #UD", &[0xf0, 0x90]));
     f.push(Form::new("lock add reg is #UD", &[0xf0, 0x01, 0xc8]));
