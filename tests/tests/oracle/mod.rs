@@ -1,5 +1,6 @@
 //! What the SSE and x87 oracle tests share: the runtime's floating-point helpers on a test environment, floating-point
 //! values that matter, and running a list of forms.
+#![allow(dead_code)] // Each test file uses a part.
 
 use twofold_arch::control::{cr0, cr4};
 use twofold_arch::{CpuState, TbFlags};
@@ -36,9 +37,18 @@ impl Guest for TestEnv {
     }
 }
 
-/// The runtime's helpers, as a Linux process sees them.
+/// The runtime's helpers, as a Linux process of 64-bit code sees them.
 pub fn helpers(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Option<Result<u64, Abandon>> {
-    env.state.tb_flags = USER64.0;
+    helpers_of::<{ USER64.0 }>(env, helper, a)
+}
+
+/// The same for code of another key.
+pub fn helpers_of<const KEY: u32>(
+    env: &mut TestEnv,
+    helper: Helper,
+    a: [u64; 4],
+) -> Option<Result<u64, Abandon>> {
+    env.state.tb_flags = KEY;
     env.state.cr0 = cr0::PE | cr0::NE | cr0::PG;
     env.state.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
     env.state.xcr0 = 3;
