@@ -1,6 +1,6 @@
 //! How long a block takes to compile and to run, and how fast a hot loop is.
 //!
-//! `cargo run --release -p twofold-backend --example compilebench [-- asm]`
+//! `cargo run --release -p twofold-backend --example compilebench [-- asm|map|jitdump]`
 #![allow(missing_docs)]
 #![cfg(target_arch = "x86_64")]
 
@@ -12,6 +12,7 @@ use std::time::Instant;
 use common::{Machine, Rig, enter};
 use twofold_arch::tbflags::MemMode;
 use twofold_arch::{CcKind, CodeSize, CondCode, Loc, TbFlags};
+use twofold_backend::perf::{Profile, ProfileKind};
 use twofold_backend::{Leave, Options, Probe};
 use twofold_ir::{BinOp, Block, Builder, Exit, IntCc, MemFlags, Ty};
 
@@ -132,6 +133,13 @@ fn machine() -> Box<Machine> {
 
 fn main() {
     let asm = std::env::args().any(|a| a == "asm");
+    // `-- map` and `-- jitdump`: to see that `perf report` names the blocks.
+    let kind = std::env::args().find_map(|a| match a.as_str() {
+        "map" => Some(ProfileKind::Map),
+        "jitdump" => Some(ProfileKind::Jitdump),
+        _ => None,
+    });
+    let mut profile = kind.map(|k| Profile::create(k).expect("profile"));
     for probe in [Probe::Inline, Probe::OutOfLine] {
         println!("{probe:?}");
         let mut rig = Rig::new(Options { probe, ..Options::default() });
@@ -155,6 +163,11 @@ fn main() {
         for (name, block, insns) in [("ten", ten(), 10.0), ("hot", hot(), 5.0)] {
             let tb = rig.install(&block);
             rig.memory.link(tb.slots[0], tb.entry);
+            if let Some(p) = &mut profile {
+                let code = rig.memory.bytes(tb.code.clone());
+                p.add(tb.code.start, &code, &format!("bench:{name}")).expect("profile");
+                p.flush().expect("profile");
+            }
             let mut m = machine();
             m.state.gpr[10] = 500;
             let (mut blocks, mut best) = (0u64, f64::MAX);

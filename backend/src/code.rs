@@ -1,7 +1,7 @@
 //! Code memory: where translated code lives, how it is installed, chained, found by address and evicted.
 //!
-//! Place in the pipeline: between `compiler` (bytes) and `runtime` (which block is which). One memory file is mapped twice,
-//! once writable and once executable; no mapping is both. The thunks are copied to its start, so that every call and jump
+//! Place in the pipeline: between `compiler` (bytes) and `runtime` (which block is which). The memory is mapped twice, once
+//! writable and once executable; no mapping is both. The thunks are copied to its start, so that every call and jump
 //! from a block is a near one. The rest is divided into regions that are filled one after the other and freed as a whole,
 //! oldest first. Blocks are position-independent but for 32-bit displacements patched here; a direct exit is a near
 //! jump whose displacement is one store to change (placed so that it does not straddle a cache line).
@@ -307,32 +307,26 @@ fn place(at: usize, tb: &CompiledTb) -> usize {
     (0..4).map(|i| start + i * ALIGN).find(good).unwrap_or(start)
 }
 
+/// Shared anonymous memory, mapped writable and again executable. (Not a memory file: `perf` looks into its map of symbols
+/// for anonymous memory only.)
 fn map_twice(len: usize) -> io::Result<(*mut u8, *mut u8)> {
-    // SAFETY: plain system calls; the mappings are fresh and their results are checked.
+    let check = |p: *mut libc::c_void| if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p) };
+    // SAFETY: plain system calls on fresh mappings, whose results are checked. A resize from a length of 0 makes a second
+    // mapping of the same pages.
     unsafe {
-        let fd = libc::memfd_create(c"twofold-code".as_ptr(), libc::MFD_CLOEXEC);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let close = |e| {
-            libc::close(fd);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let rw = check(libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0))?;
+        let unmap_rw = |e| {
+            libc::munmap(rw, len);
             e
         };
-        if libc::ftruncate(fd, len as libc::off_t) != 0 {
-            return Err(close(io::Error::last_os_error()));
-        }
-        let map = |prot| libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, fd, 0);
-        let rw = map(libc::PROT_READ | libc::PROT_WRITE);
-        if rw == libc::MAP_FAILED {
-            return Err(close(io::Error::last_os_error()));
-        }
-        let rx = map(libc::PROT_READ | libc::PROT_EXEC);
-        if rx == libc::MAP_FAILED {
+        let rx = check(libc::mremap(rw, 0, len, libc::MREMAP_MAYMOVE)).map_err(unmap_rw)?;
+        if libc::mprotect(rx, len, libc::PROT_READ | libc::PROT_EXEC) != 0 {
             let e = io::Error::last_os_error();
-            libc::munmap(rw, len);
-            return Err(close(e));
+            libc::munmap(rx, len);
+            return Err(unmap_rw(e));
         }
-        libc::close(fd);
         Ok((rw.cast(), rx.cast()))
     }
 }

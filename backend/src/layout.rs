@@ -6,8 +6,21 @@ use core::mem::offset_of;
 
 use twofold_arch::CpuState;
 use twofold_arch::state::{FaultRecord, TlbView};
+use twofold_mmu::{JUMP_CACHE_ENTRIES, JumpCacheEntry, TlbEntry, jump_index};
 
 use crate::abi::HelperTable;
+
+// What is said about `mmu`'s layouts below.
+const _: () = {
+    assert!(size_of::<TlbEntry>() == 32 && size_of::<JumpCacheEntry>() == 32);
+    assert!(TLB_READ as usize == offset_of!(TlbEntry, read) && TLB_WRITE as usize == offset_of!(TlbEntry, write));
+    assert!(TLB_ADDEND as usize == offset_of!(TlbEntry, addend) && 1 << TLB_SHIFT == 4096 / 32);
+    assert!(JC_RIP == offset_of!(JumpCacheEntry, rip) && JC_FLAGS == offset_of!(JumpCacheEntry, flags));
+    assert!(JC_CODE == offset_of!(JumpCacheEntry, code) && JC_RIP_BASE == offset_of!(JumpCacheEntry, rip_base));
+    assert!(JC_MASK == JUMP_CACHE_ENTRIES - 1);
+    let rip = 0xffff_ffff_8123_4567;
+    assert!(jump_index(rip) == (rip >> 12 ^ rip) as usize & JC_MASK);
+};
 
 /// Offset in a TLB entry of the tag for reads.
 pub const TLB_READ: i32 = 0;
