@@ -6,8 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use twofold_arch::CpuState;
-use twofold_mmu::{AddressSpace, CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
+use twofold_mmu::{CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
 
 use crate::boot::{self, firmware};
 use crate::config::{Config, DebugItem, StopReason};
@@ -196,23 +195,12 @@ impl Machine {
                 Trace::new(Box::new(std::io::BufWriter::new(file)))
             }
         };
-        let mut vcpu = Box::new(Vcpu {
-            index: 0,
-            state: CpuState::zeroed(),
-            mmu,
-            space: AddressSpace::reset(self.model.phys_bits),
-            model: self.model,
-            shared: self.shared,
-            cold: cpu::ColdState::default(),
-            counters: exec::Counters::default(),
-            profile: exec::counters::Profile { on: config.stats.is_some(), ..Default::default() },
-            jit: exec::Jit::new(config.tier, twofold_backend::Options::default()),
-            waker: self.waker,
-            debug: config.debug,
-            trace,
-        });
-        vcpu.state.vcpu = std::ptr::from_mut(&mut *vcpu).expose_provenance() as u64;
-        vcpu.state.helpers = std::ptr::from_ref(&*vcpu.jit.helpers).expose_provenance() as u64;
+        let jit = exec::Jit::new(config.tier, twofold_backend::Options::default());
+        let mut vcpu = Vcpu::new(0, self.shared, self.model, mmu, jit);
+        vcpu.profile.on = config.stats.is_some();
+        vcpu.waker = self.waker;
+        vcpu.debug = config.debug;
+        vcpu.trace = trace;
         vcpu.waker.attach(&vcpu.state.attention);
         Ok(vcpu)
     }

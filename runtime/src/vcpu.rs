@@ -10,9 +10,9 @@ use twofold_arch::state::FaultRecord;
 use twofold_arch::tbflags::MemMode;
 use twofold_arch::{CpuState, Exception, LinearAddr, PAGE_SIZE, PhysAddr};
 use twofold_mmu::mmu::BytesOutcome;
-use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, Part, PhysMap, ReadOutcome, Target, WriteOutcome};
+use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, MmuStats, Part, PhysMap, ReadOutcome, Target, WriteOutcome};
 
-use crate::config::DebugItems;
+use crate::config::{DebugItem, DebugItems};
 use crate::cpu::{ColdState, CpuModel};
 use crate::exec::counters::{Phase, Profile};
 use crate::exec::{Counters, Jit, Waker};
@@ -108,9 +108,35 @@ pub struct Vcpu {
     pub debug: DebugItems,
     /// Where traces go.
     pub trace: Trace,
+    /// What `-d tlb` has told already.
+    pub traced_mmu: MmuStats,
 }
 
 impl Vcpu {
+    /// Processor `index` of a machine, with registers of zero, run by `jit`. Quiet: no profile, no traces.
+    #[must_use]
+    pub fn new(index: usize, shared: Arc<Shared>, model: Arc<CpuModel>, mmu: Mmu, jit: Jit) -> Box<Self> {
+        let mut vcpu = Box::new(Self {
+            index,
+            state: CpuState::zeroed(),
+            mmu,
+            space: AddressSpace::reset(model.phys_bits),
+            model,
+            shared,
+            cold: ColdState::default(),
+            counters: Counters::default(),
+            profile: Profile::default(),
+            jit,
+            waker: Waker::new(),
+            debug: DebugItems::default(),
+            trace: Trace::default(),
+            traced_mmu: MmuStats::default(),
+        });
+        vcpu.state.vcpu = std::ptr::from_mut(&mut *vcpu).expose_provenance() as u64;
+        vcpu.state.helpers = std::ptr::from_ref(&*vcpu.jit.helpers).expose_provenance() as u64;
+        vcpu
+    }
+
     /// The devices.
     pub fn platform(&self) -> MutexGuard<'_, Platform> {
         self.shared.platform.lock().unwrap_or_else(PoisonError::into_inner)
@@ -218,8 +244,9 @@ impl Vcpu {
     pub fn host_span(&mut self, la: LinearAddr, write: bool, on_behalf: MemAs) -> Result<Option<(*mut u8, usize)>, Trap> {
         let access = self.access(if write { AccessKind::Write } else { AccessKind::Read }, on_behalf);
         let stack = matches!(on_behalf, MemAs::Stack | MemAs::InnerStack);
-        let t = self.mmu.translate(&self.space, la, access).map_err(|f| trap_of(f, stack))?;
-        self.after_fill();
+        let r = self.mmu.translate(&self.space, la, access);
+        self.after_fill(la, r.as_ref().err());
+        let t = r.map_err(|f| trap_of(f, stack))?;
         Ok(t.host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
     }
 
@@ -259,9 +286,9 @@ impl Vcpu {
     /// # Errors
     /// The exception that a write would raise.
     pub fn resolve_write(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<twofold_mmu::Parts, Trap> {
-        let parts = self.mmu.resolve(&self.space, la, size, Access::write(mode)).map_err(|f| trap_of(f, stack));
-        self.after_fill();
-        parts
+        let r = self.mmu.resolve(&self.space, la, size, Access::write(mode));
+        self.after_fill(la, r.as_ref().err());
+        r.map_err(|f| trap_of(f, stack))
     }
 
     /// The physical address of the instruction byte at `la`.
@@ -270,9 +297,9 @@ impl Vcpu {
     /// The exception of the fetch.
     pub fn fetch_address(&mut self, la: LinearAddr) -> Result<PhysAddr, Trap> {
         let user = self.state.cpl == 3;
-        let r = self.mmu.translate_fetch(&self.space, la, user).map_err(|f| trap_of(f, false));
-        self.after_fill();
-        Ok(r?.pa)
+        let r = self.mmu.translate_fetch(&self.space, la, user);
+        self.after_fill(la, r.as_ref().err());
+        Ok(r.map_err(|f| trap_of(f, false))?.pa)
     }
 
     /// Puts an entry in the jump cache for the code at `la`.
@@ -286,15 +313,34 @@ impl Vcpu {
 
     /// After anything that may have filled the TLB: a table that grew must be where translated code looks.
     #[inline]
-    fn after_fill(&mut self) {
+    fn after_fill(&mut self, la: LinearAddr, fault: Option<&Fault>) {
+        if self.debug.has(DebugItem::Mmu) {
+            self.trace_walk(la, fault);
+        }
         if self.mmu.take_view_change() {
             self.mmu.view().store(&mut self.state);
         }
     }
 
+    /// `-d mmu`: the walk that the last access needed, if it did.
+    #[cold]
+    fn trace_walk(&mut self, la: LinearAddr, fault: Option<&Fault>) {
+        let misses = self.mmu.stats().misses;
+        if std::mem::replace(&mut self.traced_mmu.misses, misses) == misses {
+            return;
+        }
+        let what = match (fault, self.mmu.probe(&self.space, la)) {
+            (Some(fault), _) => format!("{fault:x?}"),
+            (None, Ok(m)) => format!("page {:#x} of 2^{} bytes, {:?}", m.page, m.shift, m.rights),
+            (None, Err(gone)) => format!("{gone:x?}"),
+        };
+        let line = format!("mmu: {:?} cr3 {:#x} la {la:#x}: {what}\n", self.space.mode, self.space.cr3);
+        self.trace.write(&line);
+    }
+
     fn read_access(&mut self, la: LinearAddr, size: u32, access: Access, stack: bool) -> Result<u64, Trap> {
         let r = self.mmu.read(&self.space, la, size, access);
-        self.after_fill();
+        self.after_fill(la, r.as_ref().err());
         match r.map_err(|f| trap_of(f, stack))? {
             ReadOutcome::Value(v) => Ok(v),
             ReadOutcome::Io(parts) => {
@@ -307,7 +353,7 @@ impl Vcpu {
 
     fn write_access(&mut self, la: LinearAddr, size: u32, value: u64, access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write(&self.space, la, size, value, access);
-        self.after_fill();
+        self.after_fill(la, r.as_ref().err());
         match r.map_err(|f| trap_of(f, stack))? {
             WriteOutcome::Done { code: false } => {}
             WriteOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
@@ -318,7 +364,7 @@ impl Vcpu {
 
     fn read_bytes_access(&mut self, la: LinearAddr, buf: &mut [u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.read_bytes(&self.space, la, buf, access);
-        self.after_fill();
+        self.after_fill(la, r.as_ref().err());
         if let BytesOutcome::Io(parts) = r.map_err(|f| trap_of(f, stack))? {
             self.read_parts(parts.into_iter(), buf);
         }
@@ -327,7 +373,7 @@ impl Vcpu {
 
     fn write_bytes_access(&mut self, la: LinearAddr, data: &[u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write_bytes(&self.space, la, data, access);
-        self.after_fill();
+        self.after_fill(la, r.as_ref().err());
         match r.map_err(|f| trap_of(f, stack))? {
             BytesOutcome::Done { code: false } => {}
             BytesOutcome::Done { code: true } => crate::exec::slow::drop_written(self),

@@ -17,6 +17,7 @@ use twofold_ir::Block;
 use twofold_ir::passes::{Options as PassOptions, Passes};
 
 use super::tb::{TbId, TierState};
+use crate::config::{DebugItem, DebugItems};
 use crate::vcpu::Vcpu;
 
 /// A block to compile.
@@ -28,6 +29,8 @@ struct Job {
     insns: usize,
     bytes: Vec<u8>,
     features: Features,
+    /// `-d clif,out_asm`: the texts that are wanted.
+    texts: DebugItems,
 }
 
 /// Its host code.
@@ -36,6 +39,7 @@ struct Done {
     serial: u64,
     ns: u64,
     result: Result<CompiledTb, CompileError>,
+    text: String,
 }
 
 /// The compile thread as the dispatcher sees it.
@@ -75,14 +79,23 @@ fn worker(mut compiler: Compiler, todo: &Receiver<Job>, out: &Sender<Done>, read
     let mut passes = Passes::default();
     while let Ok(job) = todo.recv() {
         let start = Instant::now();
+        let mut text = String::new();
         let result = match retranslate(&job, &mut passes) {
-            Some(block) => compiler.compile(&block),
+            Some(block) => {
+                if job.texts.has(DebugItem::Clif) {
+                    text += &compiler.clif_text(&block).unwrap_or_else(|e| format!("{e}\n"));
+                }
+                compiler.compile(&block)
+            }
             None => Err(CompileError::Malformed),
         };
+        if let (true, Ok(compiled)) = (job.texts.has(DebugItem::OutAsm), &result) {
+            text += &compiled.listing();
+        }
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
         ready.fetch_add(1, Ordering::Release);
-        if out.send(Done { id: job.id, serial: job.serial, ns, result }).is_err() {
+        if out.send(Done { id: job.id, serial: job.serial, ns, result, text }).is_err() {
             return;
         }
     }
@@ -133,6 +146,7 @@ pub fn request(vcpu: &mut Vcpu, id: TbId) {
         insns: tb.insns as usize,
         bytes,
         features,
+        texts: vcpu.debug,
     };
     if let Some(queue) = &mut vcpu.jit.queue
         && queue.jobs.send(job).is_ok()
@@ -171,6 +185,10 @@ fn take(vcpu: &mut Vcpu, done: Done) {
     if !tb.live || tb.serial != done.serial {
         vcpu.counters.compile_stale += 1;
         return;
+    }
+    if !done.text.is_empty() {
+        let text = format!("{:016x}: host code\n{}", tb.rip, done.text);
+        vcpu.trace.write(&text);
     }
     match done.result {
         Ok(compiled) => install(vcpu, done.id, &compiled),

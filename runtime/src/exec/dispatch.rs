@@ -11,13 +11,13 @@ use std::time::Duration;
 use twofold_arch::control::rflags;
 use twofold_arch::{Exception, LinearAddr, PAGE_MASK, PhysAddr, TbFlags};
 use twofold_backend::Leave as CodeLeave;
-use twofold_mmu::JumpCacheEntry;
+use twofold_mmu::{FlushCause, JumpCacheEntry};
 use twofold_ir::eval::{Leave, Target};
 
 use super::env::Env;
 use super::counters::Phase;
 use super::tb::{TbId, TbKey, TierState};
-use crate::config::{Control, StopReason};
+use crate::config::{Control, DebugItem, StopReason};
 use crate::cpu::{interrupt, mode};
 use crate::fpu::mxcsr;
 use crate::platform::{Outcome, signal};
@@ -171,6 +171,9 @@ fn sleep(vcpu: &mut Vcpu, control: &Control) -> Result<(), RunEnd> {
 
 /// Runs blocks from `state.rip` until the key or the event state may have changed.
 fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+    if vcpu.debug.has(DebugItem::Tlb) {
+        trace_tlb(vcpu);
+    }
     let single_step = vcpu.state.rflags_sys & rflags::TF != 0;
     let alone = single_step || vcpu.state.shadow != 0 || vcpu.jit.restart;
     vcpu.state.shadow = 0;
@@ -216,6 +219,9 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
             super::compile::compile_now(vcpu, id);
         }
+        if vcpu.debug.has(DebugItem::Exec) {
+            trace_block(vcpu, id);
+        }
         let entry = vcpu.jit.tbs.get(id).code.as_ref().map(|c| c.entry);
         let next = match entry {
             Some(entry) => {
@@ -241,6 +247,37 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
             Err(trap) => return Next::Trap(trap),
         };
         connect(vcpu, id, flags);
+    }
+}
+
+/// `-d exec`.
+#[cold]
+fn trace_block(vcpu: &mut Vcpu, id: TbId) {
+    let tb = vcpu.jit.tbs.get(id);
+    let rip = vcpu.state.rip_base.wrapping_add(tb.key.pa.page_offset());
+    let text = format!("exec: {rip:016x} pa {:09x} flags {:08x} {:?}\n", tb.key.pa, tb.key.flags.0, tb.tier);
+    vcpu.trace.write(&text);
+}
+
+/// `-d tlb`: what was flushed and switched since the last call.
+#[cold]
+fn trace_tlb(vcpu: &mut Vcpu) {
+    let now = vcpu.mmu.stats().clone();
+    let before = std::mem::replace(&mut vcpu.traced_mmu, now.clone());
+    let mut text = String::new();
+    for cause in FlushCause::ALL {
+        let n = now.flushes_by(cause) - before.flushes_by(cause);
+        if n != 0 {
+            text += &format!(" {} {n}", cause.name());
+        }
+    }
+    let switches = now.context_switches - before.context_switches;
+    if switches != 0 {
+        text += &format!(" context switch {switches}");
+    }
+    if !text.is_empty() {
+        let line = format!("tlb: before rip {:#x}:{text}\n", vcpu.state.rip);
+        vcpu.trace.write(&line);
     }
 }
 

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex};
 
 use twofold_arch::control::{cr0, cr4, efer};
 use twofold_arch::{CpuState, Exception, LinearAddr, PhysAddr, Vector};
-use twofold_mmu::{AddressSpace, CodePages, FlushPolicy, GuestRam, LegacyHole, Mmu, PhysMap};
+use twofold_mmu::{CodePages, FlushPolicy, GuestRam, LegacyHole, Mmu, PhysMap};
 
 use super::{ColdState, CpuModel, Helped, control as cr, far};
-use crate::config::{DebugItems, Tier};
-use crate::exec::{Counters, Jit, Waker};
+use crate::config::Tier;
+use crate::exec::Jit;
 use crate::platform::{Clock, Platform, Setup};
 use crate::trace::Trace;
 use crate::vcpu::{MemAs, Shared, Trap, Vcpu};
@@ -50,22 +50,11 @@ fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
     let clock = Clock::manual();
     let platform = Mutex::new(Platform::new(Setup::quiet(1, RAM, clock.clone())));
     let code = Arc::new(CodePages::new(PhysAddr(RAM)));
-    let mut v = Box::new(Vcpu {
-        index: 0,
-        state: CpuState::zeroed(),
-        mmu: Mmu::new(map.clone(), code, FlushPolicy::Tagged).unwrap(),
-        space: AddressSpace::reset(model.phys_bits),
-        model: Arc::new(model),
-        shared: Arc::new(Shared { map, platform, clock }),
-        cold: ColdState::new(1),
-        counters: Counters::default(),
-        profile: Default::default(),
-        jit: Jit::new(Tier::Eval, Default::default()),
-        waker: Waker::new(),
-        debug: DebugItems::default(),
-        trace: Trace::new(Box::new(std::io::sink())),
-    });
-    v.state.vcpu = std::ptr::from_mut(&mut *v).expose_provenance() as u64;
+    let mmu = Mmu::new(map.clone(), code, FlushPolicy::Tagged).unwrap();
+    let shared = Arc::new(Shared { map, platform, clock });
+    let mut v = Vcpu::new(0, shared, Arc::new(model), mmu, Jit::new(Tier::Eval, Default::default()));
+    v.cold = ColdState::new(1);
+    v.trace = Trace::new(Box::new(std::io::sink()));
     super::reset(&mut v);
     v
 }
