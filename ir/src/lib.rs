@@ -9,6 +9,7 @@ pub mod block;
 pub mod builder;
 pub mod eval;
 pub mod helper;
+pub mod names;
 pub mod op;
 pub mod parse;
 pub mod passes;

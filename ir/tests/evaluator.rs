@@ -7,6 +7,7 @@ use twofold_ir::testing::{FakeEnv, Rng, Shape, random_block};
 /// Runs a block both ways, with a fault at event `fault_at`, and compares all there is to see. Returns the number of events.
 fn compare(block: &Block, program: &Program, seed: u64, fault_at: usize) -> usize {
     let mut a = FakeEnv::new(seed);
+    a.exact_flags = true;
     let mut b = a.clone();
     a.fault_at = fault_at;
     b.fault_at = fault_at;

@@ -1,4 +1,15 @@
 //! The passes: from the front end's straightforward ops to few ops.
+//!
+//! Place in the pipeline: between `frontend` and the evaluator or back end. Two walks over the block, each linear:
+//! a forward one that rewrites op by op (`forward`, with its rules in `known`, `cond` and `fold`), and a backward one that
+//! finds what nobody sees (`dead`). Invariants they keep: memory ops, helpers and exits stay, in order, each with the guest state
+//! exact as it was; only `cc_*` words that the current `cc_op` does not use may hold something else.
+
+mod cond;
+mod dead;
+mod fold;
+mod forward;
+mod known;
 
 use crate::block::{Block, Exit};
 
@@ -7,7 +18,7 @@ use crate::block::{Block, Exit};
 pub struct Options<'a> {
     /// Forward puts and gets to later gets.
     pub get_put: bool,
-    /// Turn conditions on known lazy flags into comparisons.
+    /// Turn conditions on known lazy flags into comparisons (needs `get_put` to know them).
     pub conds: bool,
     /// Constant folding and simple algebra.
     pub fold: bool,
@@ -24,11 +35,34 @@ impl Default for Options<'_> {
     }
 }
 
+impl Options<'_> {
+    /// No pass at all.
+    pub const NONE: Options<'static> =
+        Options { get_put: false, conds: false, fold: false, dead: false, flags_dead_at_exit: None };
+}
+
+impl core::fmt::Debug for Options<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let on = [("get_put", self.get_put), ("conds", self.conds), ("fold", self.fold), ("dead", self.dead)];
+        f.debug_set().entries(on.iter().filter(|x| x.1).map(|x| x.0)).finish()
+    }
+}
+
 /// The passes with the scratch memory they reuse from block to block.
 #[derive(Debug, Default)]
-pub struct Passes {}
+pub struct Passes {
+    forward: forward::Scratch,
+    dead: dead::Scratch,
+}
 
 impl Passes {
     /// Runs the passes on a valid block.
-    pub fn run(&mut self, _block: &mut Block, _options: &Options<'_>) {}
+    pub fn run(&mut self, block: &mut Block, options: &Options<'_>) {
+        if options.get_put || options.conds || options.fold {
+            forward::run(block, options, &mut self.forward);
+        }
+        if options.dead {
+            dead::run(block, options, &mut self.dead);
+        }
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use twofold_arch::Loc;
+use twofold_arch::flags::arith_flags;
+use twofold_arch::{CcOp, Loc};
 
 use super::{Rng, mix};
 use crate::eval::{Abandon, Env, FILE_BASE, FILE_WORDS, File, scalar};
@@ -34,6 +35,8 @@ pub struct FakeEnv {
     pub trace: Vec<Event>,
     /// The event with this number faults.
     pub fault_at: usize,
+    /// Digests see the lazy flags' words, not just the flags.
+    pub exact_flags: bool,
     seed: u64,
 }
 
@@ -44,7 +47,7 @@ impl FakeEnv {
         let mut rng = Rng(seed);
         let mut file = Box::new([0; FILE_WORDS]);
         file.iter_mut().for_each(|w| *w = rng.value());
-        let mut env = Self { file, rest: HashMap::new(), memory: HashMap::new(), trace: Vec::new(), fault_at: usize::MAX, seed };
+        let mut env = Self { file, rest: HashMap::new(), memory: HashMap::new(), trace: Vec::new(), fault_at: usize::MAX, exact_flags: false, seed };
         // Some valid kind of flags, most of the time.
         let op = rng.below(14 * 4) as u64;
         env.put(Ty::I32, Loc::CC_OP, op);
@@ -54,9 +57,18 @@ impl FakeEnv {
     /// A digest of the guest state, without the evaluator's temporaries.
     #[must_use]
     pub fn digest(&self) -> u64 {
-        let temps = ((Loc::TEMPS.0 - FILE_BASE) / 8) as usize;
-        let words = self.file.iter().enumerate().filter(|(i, _)| !(temps..temps + 64).contains(i));
-        let file = words.fold(0, |h, (_, &w)| mix(h ^ w));
+        let word = |loc: Loc| ((loc.0 - FILE_BASE) / 8) as usize;
+        let temps = word(Loc::TEMPS);
+        let cc = [Loc::CC_DST, Loc::CC_SRC, Loc::CC_SRC2, Loc::CC_OP].map(word);
+        let field = |i: usize| self.file[cc[i]];
+        let flags = arith_flags(CcOp(field(3) as u8), field(0), field(1), field(2));
+        let file = self.file.iter().enumerate().fold(flags, |h, (i, &w)| match i {
+            _ if (temps..temps + 64).contains(&i) => h,
+            _ if self.exact_flags || !cc.contains(&i) => mix(h ^ w),
+            // The upper half is another field.
+            _ if i == cc[3] => mix(h ^ w >> 32),
+            _ => h,
+        });
         self.rest.iter().fold(file, |h, (&k, &v)| h.wrapping_add(mix(u64::from(k) << 8 | u64::from(v))))
     }
 
@@ -159,9 +171,10 @@ impl Env for FakeEnv {
             let v = rng.value();
             self.put(Ty::I64, Loc::gpr(rng.below(16) as u8), v);
         }
-        let (dst, src, op) = (rng.value(), rng.value(), rng.below(13 * 4) as u64);
+        let (dst, src, src2, op) = (rng.value(), rng.value(), rng.value(), rng.below(13 * 4) as u64);
         self.put(Ty::I64, Loc::CC_DST, dst);
         self.put(Ty::I64, Loc::CC_SRC, src);
+        self.put(Ty::I64, Loc::CC_SRC2, src2);
         self.put(Ty::I32, Loc::CC_OP, op);
         Ok(mix(r ^ self.seed))
     }

@@ -1,0 +1,179 @@
+//! The forward walk: rewrites a block op by op, with what is known of the guest state and of operands.
+//!
+//! The rules are in `known` (gets and puts), `cond` (conditions on lazy flags) and `fold` (algebra). Invariant: the new block
+//! has the same effects in the same order; an op that was replaced by a value is gone, and later operands name that value.
+
+use twofold_arch::{CcKind, CcOp, Loc};
+
+use super::known::{Held, Known};
+use super::{Options, cond, fold};
+use crate::block::{Block, Exit};
+use crate::op::{BinOp, Op, Ty, Value};
+
+/// Memory kept from block to block.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    out: Vec<Op>,
+    map: Vec<Value>,
+    known: Known,
+}
+
+/// The walk's state.
+pub(super) struct Forward<'a> {
+    /// The new ops.
+    pub out: &'a mut Vec<Op>,
+    known: &'a mut Known,
+    fold: bool,
+}
+
+/// Runs the walk.
+pub(super) fn run(block: &mut Block, options: &Options<'_>, scratch: &mut Scratch) {
+    // One op becomes a dozen at most, and values have 16-bit numbers.
+    if block.ops.len() > Block::MAX_OPS + 1000 {
+        return;
+    }
+    let Scratch { out, map, known } = scratch;
+    out.clear();
+    map.clear();
+    known.clear();
+    let mut f = Forward { out, known, fold: options.fold };
+    let mut next_insn = 0;
+    for (i, op) in block.ops.iter().enumerate() {
+        while let Some(insn) = block.insns.get_mut(next_insn).filter(|x| x.first as usize <= i) {
+            insn.first = f.out.len() as u16;
+            next_insn += 1;
+        }
+        let mut op = *op;
+        op.map_operands(|v| map[v.index()]);
+        if let Op::ExitIf { exit, .. } = op
+            && let Some(Exit::Indirect { rip, .. }) = block.exits.get_mut(exit as usize).map(|e| &mut e.exit)
+        {
+            *rip = map[rip.index()];
+        }
+        map.push(f.op(op, options));
+    }
+    for insn in &mut block.insns[next_insn..] {
+        insn.first = f.out.len() as u16;
+    }
+    if let Some(Exit::Indirect { rip, .. }) = &mut block.end {
+        *rip = map[rip.index()];
+    }
+    block.ops.clear();
+    block.ops.extend_from_slice(out);
+}
+
+impl Forward<'_> {
+    /// Rewrites one op; the value it makes now.
+    fn op(&mut self, op: Op, options: &Options<'_>) -> Value {
+        match op {
+            Op::Nop => Value::NONE,
+            Op::Get { ty, loc } if options.get_put => self.get(ty, loc),
+            Op::Put { ty, loc, v } if options.get_put => {
+                if !self.holds(ty, loc, v) {
+                    self.push(op);
+                    self.known.set(ty, loc, v);
+                }
+                Value::NONE
+            }
+            Op::Cond { cc } if options.conds => {
+                self.cc_op().and_then(|op| cond::value(self, cc, op)).unwrap_or_else(|| self.push(op))
+            }
+            Op::Flags if options.conds && self.cc_op().is_some_and(|op| op.kind() == CcKind::Flags) => {
+                let src = self.get(Ty::I64, Loc::CC_SRC);
+                self.bin_imm(BinOp::And, Ty::I64, src, twofold_arch::control::rflags::ARITH)
+            }
+            Op::Call { helper, .. } => {
+                let v = self.push(op);
+                if !helper.info().pure {
+                    self.known.clear();
+                }
+                v
+            }
+            Op::ExitIf { c, .. } if self.fold && self.constant(c) == Some(0) => Value::NONE,
+            _ => self.emit(op),
+        }
+    }
+
+    /// Appends an op as it is.
+    pub fn push(&mut self, op: Op) -> Value {
+        self.out.push(op);
+        Value(self.out.len() as u16 - 1)
+    }
+    /// Appends an op, or finds a simpler one or a value there is already.
+    pub fn emit(&mut self, op: Op) -> Value {
+        if !self.fold {
+            return self.push(op);
+        }
+        let mut op = op;
+        // Each step makes the op simpler; the bound is for safety only.
+        for _ in 0..8 {
+            match fold::step(self.out, &op) {
+                fold::Step::Same => break,
+                fold::Step::Op(simpler) => op = simpler,
+                fold::Step::Value(v) => return v,
+                fold::Step::WithConst { ty, imm, op: with } => {
+                    op = with;
+                    if let Op::Bin { b, .. } | Op::Cmp { b, .. } = &mut op {
+                        *b = self.iconst(ty, imm);
+                    }
+                }
+            }
+        }
+        self.push(op)
+    }
+    pub fn iconst(&mut self, ty: Ty, imm: u64) -> Value {
+        self.push(Op::Const { ty, imm: imm & ty.mask() })
+    }
+    pub fn bin(&mut self, op: BinOp, ty: Ty, a: Value, b: Value) -> Value {
+        self.emit(Op::Bin { op, ty, a, b })
+    }
+    pub fn bin_imm(&mut self, op: BinOp, ty: Ty, a: Value, imm: u64) -> Value {
+        let b = self.iconst(ty, imm);
+        self.bin(op, ty, a, b)
+    }
+    /// The low bits of a value of the same type or a wider one.
+    pub fn trunc(&mut self, to: Ty, a: Value) -> Value {
+        if self.ty(a) == to { a } else { self.emit(Op::Trunc { to, a }) }
+    }
+    pub fn ty(&self, v: Value) -> Ty {
+        self.out[v.index()].result().unwrap_or(Ty::I64)
+    }
+    pub fn constant(&self, v: Value) -> Option<u64> {
+        match self.out.get(v.index()) {
+            Some(&Op::Const { imm, .. }) => Some(imm),
+            _ => None,
+        }
+    }
+
+    /// Reads a field: by a value that is known to be there, if there is one.
+    pub fn get(&mut self, ty: Ty, loc: Loc) -> Value {
+        if let Some(Held { v, ty: held, off }) = self.known.find(ty, loc) {
+            if held == ty {
+                return v;
+            }
+            let (v, held) = match held {
+                Ty::V128 => (self.emit(Op::Half { a: v, hi: off >= 8 }), Ty::I64),
+                _ => (v, held),
+            };
+            let shift = u64::from(off % 8) * 8;
+            let v = if shift == 0 { v } else { self.bin_imm(BinOp::Shr, held, v, shift) };
+            return self.trunc(ty, v);
+        }
+        let v = self.push(Op::Get { ty, loc });
+        self.known.learn(ty, loc, v);
+        v
+    }
+
+    /// Whether the field is known to hold `v` already.
+    fn holds(&self, ty: Ty, loc: Loc, v: Value) -> bool {
+        self.known.find(ty, loc).is_some_and(|h| {
+            h.ty == ty && h.off == 0 && (h.v == v || self.constant(v).is_some_and(|c| self.constant(h.v) == Some(c)))
+        })
+    }
+
+    /// The lazy flags' kind, if it is known.
+    fn cc_op(&self) -> Option<CcOp> {
+        let held = self.known.find(Ty::I32, Loc::CC_OP).filter(|h| h.off == 0)?;
+        self.constant(held.v).map(|c| CcOp(c as u8))
+    }
+}
