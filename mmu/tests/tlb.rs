@@ -100,10 +100,14 @@ fn a8_a9_global_pages() {
     let _ = mmu.mov_cr3(&a, true);
     assert!(!cached(&mmu, 0x5000), "INVLPG in another PCID drops a global page here");
     fill(&mut mmu, &a);
-    let off = AddressSpace { pge: false, ..a };
-    let _ = mmu.controls_changed(&a, &off);
-    let _ = mmu.controls_changed(&off, &a);
+    let _ = mmu.mov_cr3(&b, true);
+    fill(&mut mmu, &b);
+    let off = AddressSpace { pge: false, ..b };
+    let _ = mmu.controls_changed(&b, &off);
+    let _ = mmu.controls_changed(&off, &b);
     assert!(!cached(&mmu, 0x5000));
+    let _ = mmu.mov_cr3(&a, true);
+    assert!(!cached(&mmu, 0x5000), "in every PCID");
     assert_eq!(mmu.stats().flushes_by(FlushCause::CrBits), 2);
 }
 
@@ -164,6 +168,24 @@ fn a9_control_bits() {
     let _ = mmu.controls_changed(&b, &smap);
     let _ = mmu.mov_cr3(&AddressSpace { smap: true, ..a }, true);
     assert!(!cached(&mmu, 0));
+}
+
+/// Row A9: clearing CR4.PCIDE drops every PCID's translations; setting it drops none.
+#[test]
+fn a9_pcide() {
+    let (_m, mut mmu, b) = ready(FlushPolicy::Tagged, 0x67);
+    mmu.read(&b, LinearAddr(0x1000), 8, READ).unwrap();
+    let zero = AddressSpace { pcid: 0, ..b };
+    let _ = mmu.mov_cr3(&zero, true);
+    mmu.read(&zero, LinearAddr(0x1000), 8, READ).unwrap();
+    let off = AddressSpace { pcide: false, ..zero };
+    let _ = mmu.controls_changed(&zero, &off);
+    assert!(!cached(&mmu, 0x1000));
+    mmu.read(&off, LinearAddr(0x1000), 8, READ).unwrap();
+    let _ = mmu.controls_changed(&off, &zero);
+    assert!(cached(&mmu, 0x1000));
+    let _ = mmu.mov_cr3(&b, true);
+    assert!(!cached(&mmu, 0x1000));
 }
 
 /// Row A5 with the TLB: a change of PKRU holds at once, and costs nothing while no page has the key.
@@ -311,6 +333,9 @@ fn code_pages_are_write_protected() {
     assert_eq!(mmu.stats().misses, misses, "a slow write needs no walk");
     assert_eq!(m.code.take_written().len(), 1);
     assert!(mmu.translate(&a, LinearAddr(0x3100), WRITE).unwrap().code);
+    mmu.invlpg(&a, LinearAddr(0x3000));
+    assert_eq!(write(&mut mmu, 0x3200), WriteOutcome::Done { code: false });
+    assert!(!mmu.store_cached(MemMode::User, LinearAddr(0x3000), 8, 0), "nor does a new fill give a write tag");
     m.code.remove(PhysAddr(code_page.0 + 0x100), 0x20);
     assert!(!mmu.store_cached(MemMode::User, LinearAddr(0x3000), 8, 0));
     m.code.remove(PhysAddr(code_page.0 + 0x800), 0x20);

@@ -75,7 +75,8 @@ pub fn access_of(op: Op, who: Who) -> Access {
         },
         user: who == Who::User,
         implicit: who == Who::Implicit,
-        ac: who == Who::Explicit { ac: true },
+        // Implicit accesses do not look at EFLAGS.AC.
+        ac: matches!(who, Who::Explicit { ac: true } | Who::Implicit),
     }
 }
 
