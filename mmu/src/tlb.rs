@@ -701,10 +701,10 @@ mod tests {
             la: LinearAddr(page << PAGE_SHIFT),
             page: PhysAddr(page << PAGE_SHIFT),
             addend: 0,
-            tags: Permitted { read: true, write: false, exec: page % 2 == 0 },
+            tags: Permitted { read: true, write: false, exec: page.is_multiple_of(2) },
             slow_read: 0,
             slow_write: 0,
-            global: page % 3 == 0,
+            global: page.is_multiple_of(3),
         };
         let pages: Vec<u64> = (0..MIN_ENTRIES as u64).map(|i| i + (i % 5) * MIN_ENTRIES as u64).collect();
         for &p in &pages {
@@ -719,11 +719,13 @@ mod tests {
         }
         for &p in &pages {
             let hit = t.lookup(LinearAddr(p << PAGE_SHIFT), AccessKind::Read).unwrap();
-            assert_eq!((hit.page.0, hit.global), (p << PAGE_SHIFT, p % 3 == 0));
+            assert_eq!((hit.page.0, hit.global), (p << PAGE_SHIFT, p.is_multiple_of(3)));
         }
         t.flush(false);
         assert!(
-            pages.iter().all(|&p| t.lookup(LinearAddr(p << PAGE_SHIFT), AccessKind::Read).is_some() == (p % 3 == 0))
+            pages
+                .iter()
+                .all(|&p| t.lookup(LinearAddr(p << PAGE_SHIFT), AccessKind::Read).is_some() == p.is_multiple_of(3))
         );
         t.flush(true);
         assert!((0..t.size).all(|i| t.entries.get(i) == TlbEntry::INVALID));
