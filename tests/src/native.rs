@@ -853,7 +853,11 @@ fn bcd(env: &mut TestEnv, kind: u64, imm: u64) -> Result<u64, Abandon> {
     };
     let low = new as u8;
     let bit = |on: bool, b: u64| if on { b } else { 0 };
-    let image = bit(cf, CF) | bit(af, AF) | bit(low == 0, ZF) | bit(low > 127, SF) | bit(low.count_ones().is_multiple_of(2), PF);
+    let image = bit(cf, CF)
+        | bit(af, AF)
+        | bit(low == 0, ZF)
+        | bit(low > 127, SF)
+        | bit(low.count_ones().is_multiple_of(2), PF);
     env.state.gpr[0] = env.state.gpr[0] & !0xffff | u64::from(new);
     env.state.set_rflags(f & !rflags::ARITH | image);
     Ok(0)

@@ -10,7 +10,9 @@
 mod native;
 mod oracle;
 
-use native::{MIDDLE, Mode, Native, Outcome, Regs, Rng, SCRATCH, SCRATCH_LEN, TestEnv, reference, run_block, translate_one};
+use native::{
+    MIDDLE, Mode, Native, Outcome, Regs, Rng, SCRATCH, SCRATCH_LEN, TestEnv, reference, run_block, translate_one,
+};
 use oracle::helpers_of;
 
 const KEY64: u32 = oracle::USER64.0;
@@ -163,7 +165,11 @@ fn run(case: &Case, mode: Mode, key: u32, times: usize) -> Result<usize, String>
         forget(case, &mut env.mem, at);
         if let Some(p) = (0..SCRATCH_LEN).find(|&p| mem_a[p] != env.mem[p]) {
             let off = p as i64 - at as i64;
-            return fail(format!("byte {off} is {:x?} on the host, {:x?} here", &mem_a[p..p + 16], &env.mem[p..p + 16]));
+            return fail(format!(
+                "byte {off} is {:x?} on the host, {:x?} here",
+                &mem_a[p..p + 16],
+                &env.mem[p..p + 16]
+            ));
         }
         if a.fx[..5] != b.fx[..5] {
             return fail(format!("fcw fsw ftw {:x?} on the host, {:x?} here", &a.fx[..5], &b.fx[..5]));

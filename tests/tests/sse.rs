@@ -9,7 +9,7 @@ mod native;
 mod oracle;
 
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, Mnemonic, MandatoryPrefix, OpCodeInfo, OpCodeOperandKind as K, OpCodeTableKind,
+    Code, CpuidFeature, EncodingKind, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind as K, OpCodeTableKind,
 };
 use native::{Form, MIDDLE, Regs, Rng, SCRATCH_LEN};
 use oracle::{USER64, helpers, lanes, random_x87, run_forms};
@@ -17,15 +17,27 @@ use twofold_arch::TbFlags;
 
 fn wanted(code: Code) -> bool {
     use CpuidFeature::*;
-    let family = |f: &CpuidFeature| {
-        matches!(f, MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA)
-    };
+    let family =
+        |f: &CpuidFeature| matches!(f, MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA);
     let info = code.op_code();
     let other = matches!(
         code.mnemonic(),
-        Mnemonic::Prefetchnta | Mnemonic::Prefetcht0 | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 | Mnemonic::Sfence
-            | Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Pause | Mnemonic::Crc32 | Mnemonic::Popcnt | Mnemonic::Clflush
-            | Mnemonic::Monitor | Mnemonic::Mwait | Mnemonic::Fisttp | Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr
+        Mnemonic::Prefetchnta
+            | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1
+            | Mnemonic::Prefetcht2
+            | Mnemonic::Sfence
+            | Mnemonic::Lfence
+            | Mnemonic::Mfence
+            | Mnemonic::Pause
+            | Mnemonic::Crc32
+            | Mnemonic::Popcnt
+            | Mnemonic::Clflush
+            | Mnemonic::Monitor
+            | Mnemonic::Mwait
+            | Mnemonic::Fisttp
+            | Mnemonic::Ldmxcsr
+            | Mnemonic::Stmxcsr
     );
     info.encoding() == EncodingKind::Legacy
         && info.mode64()
@@ -47,9 +59,8 @@ enum Rm {
 fn encode(info: &OpCodeInfo, reg: u8, rm: Rm, imm: u8) -> Option<Vec<u8>> {
     let kinds = info.op_kinds();
     let memory_only = kinds.iter().any(|k| matches!(k, K::mem));
-    let register_only = kinds.iter().all(|k| {
-        !matches!(k, K::mem | K::xmm_or_mem | K::mm_or_mem | K::r32_or_mem | K::r64_or_mem)
-    });
+    let register_only =
+        kinds.iter().all(|k| !matches!(k, K::mem | K::xmm_or_mem | K::mm_or_mem | K::r32_or_mem | K::r64_or_mem));
     match rm {
         Rm::Reg(_) if memory_only => return None,
         Rm::Mem(_) if register_only => return None,
@@ -89,7 +100,9 @@ fn encode(info: &OpCodeInfo, reg: u8, rm: Rm, imm: u8) -> Option<Vec<u8>> {
 
 fn random_mxcsr(rng: &mut Rng, masks: bool) -> u32 {
     let masks = if masks { 0x1f80 } else { rng.next() as u32 & 0x1f80 | 0xc00 };
-    masks | rng.next() as u32 & 0xe040 & if rng.below(2) == 0 { 0x6000 } else { 0xffff } | if rng.below(3) == 0 { rng.next() as u32 & 0x3f } else { 0 }
+    masks
+        | rng.next() as u32 & 0xe040 & if rng.below(2) == 0 { 0x6000 } else { 0xffff }
+        | if rng.below(3) == 0 { rng.next() as u32 & 0x3f } else { 0 }
 }
 
 fn form(code: Code, bytes: &[u8], masked: bool) -> Form {
@@ -177,7 +190,8 @@ fn unmasked_exceptions() {
     use CpuidFeature::*;
     let float = |c: Code| {
         let name = format!("{c:?}").to_lowercase();
-        !name.starts_with("dp") && c.cpuid_features().iter().any(|f| matches!(f, SSE | SSE2 | SSE3 | SSE4_1))
+        !name.starts_with("dp")
+            && c.cpuid_features().iter().any(|f| matches!(f, SSE | SSE2 | SSE3 | SSE4_1))
             && (["ps_", "pd_", "ss_", "sd_"].iter().any(|s| name.contains(s)) || name.starts_with("cvt"))
     };
     let flags = TbFlags(USER64.0 | TbFlags::SSE_UNMASKED);

@@ -52,7 +52,7 @@ fn randomize(r: &mut Regs, rng: &mut Rng) {
     let tags = match rng.below(4) {
         0 => rng.next() as u8,
         1 => 0xff,
-        _ => 0xff & !(1 << rng.below(8)) & !(1 << rng.below(8)),
+        _ => !(1 << rng.below(8)) & !(1u8 << rng.below(8)),
     };
     r.set_ftw(tags);
     let masks = if rng.below(3) == 0 { rng.next() as u16 & 0x3f } else { 0x3f };

@@ -43,11 +43,7 @@ pub fn helpers(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Option<Result<
 }
 
 /// The same for code of another key.
-pub fn helpers_of<const KEY: u32>(
-    env: &mut TestEnv,
-    helper: Helper,
-    a: [u64; 4],
-) -> Option<Result<u64, Abandon>> {
+pub fn helpers_of<const KEY: u32>(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Option<Result<u64, Abandon>> {
     env.state.tb_flags = KEY;
     env.state.cr0 = cr0::PE | cr0::NE | cr0::PG;
     env.state.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
