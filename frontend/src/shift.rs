@@ -6,7 +6,7 @@
 use iced_x86::{Mnemonic, OpKind};
 use twofold_arch::control::rflags;
 use twofold_arch::cpuid::Feature;
-use twofold_arch::{CcKind, CcOp, Loc};
+use twofold_arch::{CcKind, CcOp, CondCode, Loc};
 use twofold_ir::{BinOp, Helper, IntCc, Ty, Value};
 
 use crate::arith::set_flag_bits;
@@ -137,19 +137,47 @@ fn rotate(t: &mut Translator<'_>, op: BinOp) {
     }
 }
 
-/// RCL and RCR: the helper rotates and sets the flags, so a memory operand is written back before its flags are put by
-/// probing it for writing first.
+/// RCL and RCR: by one bit inline; by more the helper rotates and sets the flags.
 fn rotate_carry(t: &mut Translator<'_>, right: bool) {
     let ty = t.op_ty(0);
     let c = count(t, 1, ty);
     let place = t.place(0, ty, Access::Write);
     // The load has the intent to write: what the store could raise is raised here, before the helper sets the flags.
     let a = t.read_for_write(place, ty);
+    if let Count::Imm(1) = c {
+        let (r, cf, of) = rotate_carry_once(t, a, right);
+        let old = t.b.flags();
+        t.write_place(place, r);
+        return set_flag_bits(t, old, rflags::CF | rflags::OF, &[(cf, 0), (of, 11)]);
+    }
     let (n, _) = count_values(t, c, Ty::I64);
     let how = t.c64(u64::from(ty.log2_bytes()) | u64::from(right) << 8);
     let r = t.call(Helper::RotateCarry, &[a, n, how]);
     let r = t.b.trunc(ty, r);
     t.write_place(place, r);
+}
+
+/// `a` rotated through CF by one bit, with the new CF and OF.
+fn rotate_carry_once(t: &mut Translator<'_>, a: Value, right: bool) -> (Value, Value, Value) {
+    let ty = t.b.ty(a);
+    let top = u64::from(ty.bits() - 1);
+    let c = t.b.cond(CondCode::B);
+    let c = t.b.zext(ty, c);
+    if right {
+        let low = t.b.bin_imm(BinOp::And, a, 1);
+        let half = t.b.bin_imm(BinOp::Shr, a, 1);
+        let high = t.b.bin_imm(BinOp::Shl, c, top);
+        // The old top bit is now the second.
+        let was = t.b.bin_imm(BinOp::Shr, a, top);
+        let of = t.b.xor(was, c);
+        return (t.b.or(half, high), low, of);
+    }
+    let cf = t.b.bin_imm(BinOp::Shr, a, top);
+    let twice = t.b.bin_imm(BinOp::Shl, a, 1);
+    let r = t.b.or(twice, c);
+    let high = t.b.bin_imm(BinOp::Shr, r, top);
+    let of = t.b.xor(high, cf);
+    (r, cf, of)
 }
 
 fn double(t: &mut Translator<'_>, op: BinOp) {

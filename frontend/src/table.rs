@@ -8,7 +8,7 @@
 use std::sync::LazyLock;
 
 use iced_x86::{Code, Mnemonic};
-use twofold_arch::cpuid::{Feature, Features};
+use twofold_arch::cpuid::Feature;
 use twofold_arch::{Exception, TbFlags};
 
 use crate::translator::Translator;
@@ -175,7 +175,7 @@ pub fn check(row: &Row, t: &Translator<'_>) -> Result<(), Exception> {
     }
     let Row { need, feature, .. } = *row;
     let flags = t.flags;
-    let missing = feature.is_some_and(|f| !has(t.features, f));
+    let missing = feature.is_some_and(|f| !t.features.has(f));
     if missing
         || need.has(Need::PROTECTED) && !flags.has(TbFlags::PROTECTED)
         || need.has(Need::BITS64) && !flags.is64()
@@ -194,8 +194,4 @@ pub fn check(row: &Row, t: &Translator<'_>) -> Result<(), Exception> {
         return Err(Exception::GP0);
     }
     Ok(())
-}
-
-fn has(features: Features, f: Feature) -> bool {
-    features.has(f)
 }

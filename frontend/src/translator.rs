@@ -243,7 +243,10 @@ impl<'a> Translator<'a> {
     /// Reads a place that will be written afterwards.
     pub fn read_for_write(&mut self, place: Place, ty: Ty) -> Value {
         match place {
-            Place::Reg(r) => self.read_gpr(r),
+            Place::Reg(r) => {
+                let v = self.read_gpr(r);
+                self.b.trunc(ty, v)
+            }
             Place::Mem { addr, flags } => self.b.load(ty, flags.or(MemFlags::WRITE_INTENT), addr),
         }
     }
