@@ -69,8 +69,11 @@ pub enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
-    /// Print the manual page
-    Man,
+    /// Print the manual page, of twofold or of one of its commands
+    Man {
+        /// The command
+        command: Option<String>,
+    },
 }
 
 /// What to show about CPU models.
@@ -92,7 +95,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
     /// How code is run
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value = "auto")]
     pub tier: TierArg,
     /// Write statistics to a file, or to standard output with -
     #[arg(long, value_name = "FILE|-", value_parser = parse_output)]
@@ -138,13 +141,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "stdio|file:PATH", help_heading = "Machine", default_value = "none", hide_default_value = true, value_parser = parse_console)]
     pub debugcon: Console,
     /// What a reset or triple fault does
-    #[arg(long, value_enum, default_value_t, help_heading = "Machine")]
+    #[arg(long, value_enum, default_value = "exit", help_heading = "Machine")]
     pub on_reset: OnResetArg,
     /// How code is run
-    #[arg(long, value_enum, default_value_t, help_heading = "Execution")]
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Execution")]
     pub tier: TierArg,
     /// What VMX transitions do to cached translations
-    #[arg(long, value_enum, default_value_t, help_heading = "Execution")]
+    #[arg(long, value_enum, default_value = "tagged", help_heading = "Execution")]
     pub flush_policy: FlushArg,
     /// End the run after this long (exit status 4)
     #[arg(long, value_name = "SECONDS", help_heading = "Execution", value_parser = parse_seconds, allow_hyphen_values = true)]
@@ -228,22 +231,6 @@ value_enum!(
         Jitdump
     }
 );
-
-impl Default for TierArg {
-    fn default() -> Self {
-        Self::Auto
-    }
-}
-impl Default for FlushArg {
-    fn default() -> Self {
-        Self::Tagged
-    }
-}
-impl Default for OnResetArg {
-    fn default() -> Self {
-        Self::Exit
-    }
-}
 
 impl RunArgs {
     /// The run that these arguments ask for; without `escape`, which depends on the terminal.

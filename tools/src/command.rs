@@ -35,12 +35,7 @@ pub fn dispatch(cli: Cli) -> Result<u8, Error> {
             clap_complete::generate(shell, &mut Cli::command(), "twofold", &mut script);
             print(String::from_utf8_lossy(&script).into_owned())
         }
-        Command::Man => {
-            let mut page = Vec::new();
-            let rendered = clap_mangen::Man::new(Cli::command()).render(&mut page);
-            rendered.map_err(|e| Error::Internal(format!("the manual page: {e}")))?;
-            print(String::from_utf8_lossy(&page).into_owned())
-        }
+        Command::Man { command } => manual(command.as_deref()),
     }
 }
 
@@ -48,6 +43,22 @@ pub fn dispatch(cli: Cli) -> Result<u8, Error> {
 fn print(text: String) -> Result<u8, Error> {
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(0)
+}
+
+fn manual(command: Option<&str>) -> Result<u8, Error> {
+    let mut all = Cli::command();
+    all.build();
+    let page = match command {
+        None => all,
+        Some(name) => all
+            .find_subcommand(name)
+            .cloned()
+            .ok_or_else(|| Error::Usage(format!("there is no command '{name}'; 'twofold --help' lists them")))?,
+    };
+    let mut text = Vec::new();
+    let rendered = clap_mangen::Man::new(page).render(&mut text);
+    rendered.map_err(|e| Error::Internal(format!("the manual page: {e}")))?;
+    print(String::from_utf8_lossy(&text).into_owned())
 }
 
 fn show_cpu(what: CpuCommand) -> Result<u8, Error> {
