@@ -16,13 +16,7 @@ use native::{
 use oracle::helpers_of;
 
 const KEY64: u32 = oracle::USER64.0;
-const KEY32: u32 = 1
-    | 3 << twofold_arch::TbFlags::CPL_SHIFT
-    | twofold_arch::TbFlags::PROTECTED
-    | twofold_arch::TbFlags::LONG
-    | 0xf << twofold_arch::TbFlags::NOLIMIT_SHIFT
-    | 0xf << twofold_arch::TbFlags::ZERO_BASE_SHIFT
-    | twofold_arch::TbFlags::SS32;
+const KEY32: u32 = oracle::USER32.0;
 
 /// A kind of image, for what is not compared.
 #[derive(Clone, Copy, PartialEq)]

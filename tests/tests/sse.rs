@@ -11,8 +11,8 @@ mod oracle;
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind as K, OpCodeTableKind,
 };
-use native::{Form, MIDDLE, Regs, Rng, SCRATCH_LEN};
-use oracle::{USER64, helpers, lanes, random_x87, run_forms};
+use native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use oracle::{USER32, USER64, helpers, helpers_of, lanes, random_x87, run_forms};
 use twofold_arch::TbFlags;
 
 fn wanted(code: Code) -> bool {
@@ -196,4 +196,23 @@ fn unmasked_exceptions() {
     };
     let flags = TbFlags(USER64.0 | TbFlags::SSE_UNMASKED);
     run_forms("SSE floating point unmasked", &forms(false, float), flags, 40);
+}
+
+#[test]
+fn in_32_bit_code() {
+    let mut all = forms(true, |c| c.op_code().mode32() && c.op_code().operand_size() != 64);
+    // Without REX prefixes, and few immediates.
+    all.retain(|f| !f.bytes.iter().take(2).any(|b| (0x40..0x50).contains(b)));
+    let mut last = Vec::new();
+    all.retain(|f| {
+        let (head, imm) = f.bytes.split_at(f.bytes.len() - 1);
+        let again = last == head && imm[0] % 16 != 3;
+        last = head.to_vec();
+        !again
+    });
+    for f in &mut all {
+        f.mode = Mode::Bits32;
+        f.helpers = helpers_of::<{ USER32.0 }>;
+    }
+    run_forms("SSE and MMX in 32-bit code", &all, USER32, 40);
 }

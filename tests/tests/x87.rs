@@ -6,8 +6,8 @@
 mod native;
 mod oracle;
 
-use native::{Form, MIDDLE, Regs, Rng, SCRATCH_LEN};
-use oracle::{USER64, float32, float64, helpers, run_forms};
+use native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use oracle::{USER32, USER64, float32, float64, helpers, helpers_of, run_forms};
 
 /// An 80-bit value: the edges of the format, or random near 1.
 fn extended(rng: &mut Rng) -> [u8; 10] {
@@ -106,17 +106,31 @@ fn register_forms() {
     run_forms("x87 register forms", &forms, USER64, 400);
 }
 
-#[test]
-fn memory_forms() {
+fn at_rbx() -> Vec<Form> {
     let mut forms = Vec::new();
     for first in 0xd8..=0xdfu8 {
         for reg in 0..8u8 {
-            // FNSTENV and FNSAVE store pointers, which the harness's own code changes.
+            // FNSTENV and FNSAVE store pointers, which the harness's own code changes; `save_area` has them.
             if !matches!((first, reg), (0xd9 | 0xdd, 6)) {
                 forms.push(form(&[first, reg << 3 | 3]));
                 forms.push(form(&[0x66, first, reg << 3 | 0x43, 0]));
             }
         }
     }
-    run_forms("x87 memory forms", &forms, USER64, 600);
+    forms
+}
+
+#[test]
+fn memory_forms() {
+    run_forms("x87 memory forms", &at_rbx(), USER64, 600);
+}
+
+#[test]
+fn memory_forms_in_32_bit_code() {
+    let mut forms = at_rbx();
+    for f in &mut forms {
+        f.mode = Mode::Bits32;
+        f.helpers = helpers_of::<{ USER32.0 }>;
+    }
+    run_forms("x87 memory forms in 32-bit code", &forms, USER32, 200);
 }

@@ -15,6 +15,16 @@ use crate::native::{Form, Native, Regs, Rng, TestEnv, check_block, reference, tr
 /// The key of 64-bit user code.
 pub const USER64: TbFlags = TbFlags(2 | 3 << TbFlags::CPL_SHIFT | TbFlags::PROTECTED | TbFlags::LONG);
 
+/// The key of flat 32-bit user code.
+pub const USER32: TbFlags = TbFlags(
+    1 | 3 << TbFlags::CPL_SHIFT
+        | TbFlags::PROTECTED
+        | TbFlags::LONG
+        | 0xf << TbFlags::NOLIMIT_SHIFT
+        | 0xf << TbFlags::ZERO_BASE_SHIFT
+        | TbFlags::SS32,
+);
+
 impl Guest for TestEnv {
     fn state(&mut self) -> &mut CpuState {
         &mut self.state
