@@ -540,7 +540,6 @@ impl LocalApic {
 
     /// Reads the 32-bit register at `offset` of the page.
     pub fn mmio_read(&mut self, offset: u32, now: u64) -> u32 {
-        self.expire(now);
         self.read(offset, now).unwrap_or_else(|| {
             self.gather_error(ESR_ILLEGAL_REGISTER);
             0
@@ -573,14 +572,10 @@ impl LocalApic {
     pub fn msr_read(&mut self, number: u32, now: u64) -> Result<u64, ()> {
         match number {
             msr::APIC_BASE => Ok(self.base),
-            msr::TSC_DEADLINE => {
-                self.expire(now);
-                Ok(if self.timer_mode() == TimerMode::TscDeadline { self.tsc_deadline } else { 0 })
-            }
+            msr::TSC_DEADLINE => Ok(if self.timer_mode() == TimerMode::TscDeadline { self.tsc_deadline } else { 0 }),
             0x830 if self.is_x2apic() => Ok(self.icr),
             // DFR and the high half of ICR do not exist in x2APIC mode, EOI and SELF IPI cannot be read.
             msr::X2APIC_FIRST..=msr::X2APIC_LAST if self.is_x2apic() && !matches!(number, 0x80e | 0x831 | 0x809) => {
-                self.expire(now);
                 self.read((number - msr::X2APIC_FIRST) << 4, now).map(u64::from).ok_or(())
             }
             _ => Err(()),

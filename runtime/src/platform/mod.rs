@@ -338,6 +338,14 @@ impl Platform {
         self.reschedule();
     }
 
+    /// Fires a due APIC timer before its registers are read, so that count and interrupt agree.
+    fn expire_apic(&mut self, cpu: usize, now: u64) {
+        if self.cpus.get_mut(cpu).is_some_and(|c| c.apic.expire(now)) {
+            self.refresh(cpu);
+            self.reschedule();
+        }
+    }
+
     /// Moves waiting input into the UART, as far as there is room.
     fn take_input(&mut self) {
         let Some(input) = &mut self.input else { return };
@@ -519,6 +527,7 @@ impl Platform {
     pub fn mmio_read(&mut self, cpu: usize, addr: PhysAddr, size: u8) -> u64 {
         self.counters.mmio += 1;
         let now = self.clock.now_ns();
+        self.expire_apic(cpu, now);
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         let word = match addr.0 & !0xfff {
             LAPIC_BASE => match self.cpus.get_mut(cpu) {
@@ -565,6 +574,7 @@ impl Platform {
     #[allow(clippy::result_unit_err)] // #GP(0) is all there is to say
     pub fn apic_msr_read(&mut self, cpu: usize, msr: u32) -> Result<u64, ()> {
         let now = self.clock.now_ns();
+        self.expire_apic(cpu, now);
         self.cpus.get_mut(cpu).ok_or(())?.apic.msr_read(msr, now)
     }
 

@@ -58,6 +58,26 @@ fn tsc_deadline_wakes_a_halted_processor() {
     lapic(&mut p, 0, 0xb0, 0);
 }
 
+/// Looking at the count of a timer that has just run out must not swallow its interrupt.
+#[test]
+fn reading_an_expired_timer_keeps_its_interrupt() {
+    for reader in 0..3 {
+        let mut p = machine(1);
+        lapic(&mut p, 0, 0xf0, 0x1ff);
+        lapic(&mut p, 0, 0x3e0, 0xb);
+        lapic(&mut p, 0, 0x320, if reader == 2 { 0x4_0040 } else { 0x40 });
+        lapic(&mut p, 0, 0x380, 10);
+        p.apic_msr_write(0, 0x6e0, 10 * clock::CRYSTAL_NS).unwrap();
+        p.clock().set(10 * clock::CRYSTAL_NS);
+        match reader {
+            0 => assert_eq!(p.mmio_read(0, PhysAddr(LAPIC_BASE + 0x390), 4), 0),
+            1 => assert_eq!(p.mmio_read(0, PhysAddr(LAPIC_BASE + 0x220), 4), 1),
+            _ => assert_eq!(p.apic_msr_read(0, 0x6e0), Ok(0)),
+        }
+        assert_eq!((p.interrupt_pending(0), p.next_deadline()), (Some(0x40), None), "reader {reader}");
+    }
+}
+
 #[test]
 fn serial_transmits_by_interrupt_through_the_ioapic() {
     let sink = Sink::default();
