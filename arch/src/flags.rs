@@ -60,17 +60,20 @@ impl CcOp {
     }
     /// The kind; a number no kind has reads as `Flags`, so that no state can make this panic.
     #[must_use]
+    #[inline]
     pub const fn kind(self) -> CcKind {
         let n = (self.0 >> 2) as usize;
         if n < CcKind::ALL.len() { CcKind::ALL[n] } else { CcKind::Flags }
     }
     /// log2 of the operand width in bytes, 0..=3.
     #[must_use]
+    #[inline]
     pub const fn log2_bytes(self) -> u8 {
         self.0 & 3
     }
     /// Operand width in bits.
     #[must_use]
+    #[inline]
     pub const fn bits(self) -> u32 {
         8 << self.log2_bytes()
     }
@@ -100,6 +103,7 @@ impl CondCode {
     }
     /// Whether the condition holds for the flags `f`.
     #[must_use]
+    #[inline]
     pub const fn holds(self, f: u64) -> bool {
         let lt = (f & SF != 0) != (f & OF != 0);
         let base = match self as u8 >> 1 {
@@ -118,6 +122,7 @@ impl CondCode {
 
 /// CF, PF, AF, ZF, SF and OF in RFLAGS positions from the lazy flags. Bits above the width are ignored.
 #[must_use]
+#[inline]
 pub const fn arith_flags(op: CcOp, dst: u64, src: u64, src2: u64) -> u64 {
     let kind = op.kind();
     if matches!(kind, CcKind::Flags) {
@@ -173,6 +178,7 @@ pub const fn arith_flags(op: CcOp, dst: u64, src: u64, src2: u64) -> u64 {
 
 /// Whether `cond` holds for the lazy flags: [`arith_flags`] followed by [`CondCode::holds`].
 #[must_use]
+#[inline]
 pub const fn eval_cond(cond: CondCode, op: CcOp, dst: u64, src: u64, src2: u64) -> bool {
     cond.holds(arith_flags(op, dst, src, src2))
 }

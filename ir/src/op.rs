@@ -18,6 +18,7 @@ impl Value {
     pub const NONE: Value = Value(u16::MAX);
     /// The value's op index.
     #[must_use]
+    #[inline]
     pub const fn index(self) -> usize {
         self.0 as usize
     }
@@ -36,6 +37,7 @@ impl Ty {
     pub const ALL: [Ty; 5] = [Ty::I8, Ty::I16, Ty::I32, Ty::I64, Ty::V128];
     /// Width in bytes.
     #[must_use]
+    #[inline]
     pub const fn bytes(self) -> u32 {
         match self {
             Ty::I8 => 1,
@@ -47,16 +49,19 @@ impl Ty {
     }
     /// Width in bits.
     #[must_use]
+    #[inline]
     pub const fn bits(self) -> u32 {
         self.bytes() * 8
     }
     /// log2 of the width in bytes.
     #[must_use]
+    #[inline]
     pub const fn log2_bytes(self) -> u8 {
         self as u8
     }
     /// Mask of the bits of an integer type (all 64 for I64 and V128).
     #[must_use]
+    #[inline]
     pub const fn mask(self) -> u64 {
         match self {
             Ty::I8 => 0xff,
@@ -238,6 +243,7 @@ impl MemFlags {
     pub const ALIGNED: MemFlags = MemFlags(4);
     /// Whether all of `f` are set.
     #[must_use]
+    #[inline]
     pub const fn has(self, f: MemFlags) -> bool {
         self.0 & f.0 == f.0
     }
@@ -303,6 +309,7 @@ const _: () = assert!(size_of::<Op>() == 16);
 impl Op {
     /// The type of the value the op makes, if it makes one.
     #[must_use]
+    #[inline]
     pub fn result(&self) -> Option<Ty> {
         match *self {
             Op::Nop | Op::Put { .. } | Op::Store { .. } | Op::ExitIf { .. } => None,
@@ -323,6 +330,7 @@ impl Op {
     }
 
     /// Calls `f` with each operand.
+    #[inline]
     pub fn for_each_operand(&self, mut f: impl FnMut(Value)) {
         let mut copy = *self;
         copy.map_operands(|v| {
@@ -332,6 +340,7 @@ impl Op {
     }
 
     /// Replaces each operand by `f` of it.
+    #[inline]
     pub fn map_operands(&mut self, mut f: impl FnMut(Value) -> Value) {
         let mut g = |v: &mut Value| {
             if *v != Value::NONE {
@@ -381,6 +390,7 @@ impl Op {
 
     /// Whether the op can abandon the block with a fault.
     #[must_use]
+    #[inline]
     pub fn can_fault(&self) -> bool {
         match self {
             Op::Load { .. } | Op::Store { .. } | Op::Rmw { .. } | Op::CmpXchg { .. } => true,
@@ -391,6 +401,7 @@ impl Op {
 
     /// Whether the op must stay even if its value is unused.
     #[must_use]
+    #[inline]
     pub fn has_effect(&self) -> bool {
         match self {
             Op::Put { .. } | Op::ExitIf { .. } => true,

@@ -26,8 +26,9 @@ const fn file_word(loc: Loc) -> u8 {
     ((loc.0 - FILE_BASE) / 8) as u8
 }
 const RIP_BASE: u8 = file_word(Loc::RIP_BASE);
-const CC_WORDS: [u8; 4] =
-    [file_word(Loc::CC_DST), file_word(Loc::CC_SRC), file_word(Loc::CC_SRC2), file_word(Loc::CC_OP)];
+const CC_SRC: u8 = file_word(Loc::CC_SRC);
+const CC_OP: u8 = file_word(Loc::CC_OP);
+const CC_WORDS: [u8; 4] = [file_word(Loc::CC_DST), CC_SRC, file_word(Loc::CC_SRC2), CC_OP];
 
 /// What is known of the value (or effect) at an op's index, and of the position of that index.
 #[derive(Clone, Copy, Debug)]
@@ -115,6 +116,8 @@ pub struct Lowerer {
     pending: [Pending; 256],
     epoch: u32,
     free: u64,
+    /// Where the last word that is a code is.
+    last: usize,
     /// Ran out of temporaries.
     overflow: bool,
 }
@@ -132,6 +135,7 @@ impl Default for Lowerer {
             pending: [Pending { epoch: 0, put: 0 }; 256],
             epoch: 0,
             free: FREE,
+            last: 0,
             overflow: false,
         }
     }
@@ -717,6 +721,7 @@ impl Lowerer {
         self.vals[self.root(v) as usize].home + self.half(v)
     }
     fn push(&mut self, w: u64) {
+        self.last = self.code.len();
         self.code.push(w);
     }
 
@@ -834,7 +839,7 @@ impl Lowerer {
             Ok(x) => self.push(word(code::MOVI, d, 0, also, x as u32)),
             Err(_) => {
                 self.push(word(code::MOVX, d, 0, 0, 0));
-                self.push(imm);
+                self.code.push(imm);
             }
         }
     }
@@ -876,7 +881,11 @@ impl Lowerer {
             return;
         }
         match (word_of(loc, ty.bytes()), constant) {
-            (Some((w, 0)), Some(c)) if ty == Ty::I32 => self.push(word(code::PUTI32, w as u8, 0, 0, c as u32)),
+            (Some((w, 0)), Some(c)) if ty == Ty::I32 => {
+                if !(w == CC_OP as usize && self.join_cc(c)) {
+                    self.push(word(code::PUTI32, w as u8, 0, 0, c as u32));
+                }
+            }
             (Some((w, shift)), Some(c)) => {
                 self.push(word(code::PUTIN, w as u8, shift as u8, ty.bits() as u8, c as u32));
             }
@@ -898,6 +907,21 @@ impl Lowerer {
                 });
             }
         }
+    }
+
+    /// Puts a constant `cc_op` by the word that has just put `cc_src`, if it is that.
+    fn join_cc(&mut self, op: u64) -> bool {
+        let Ok(op) = u8::try_from(op) else { return false };
+        let last = self.last;
+        let Some(w) = self.code.get_mut(last) else { return false };
+        let [c, d, a, b, ..] = w.to_le_bytes();
+        let imm = (*w >> 32) as u32;
+        match c {
+            code::MOV if d == CC_SRC => *w = word(code::CC, 0, a, op, 0),
+            code::MOVI if d == CC_SRC && b == CC_SRC => *w = word(code::CCI, 0, 0, op, imm),
+            _ => return false,
+        }
+        true
     }
 
     fn emit_bin(&mut self, block: &Block, i: u16, d: u8, (op, ty, a, b): (BinOp, Ty, Value, Value)) {

@@ -96,12 +96,17 @@ const fn file_word(loc: Loc) -> usize {
     ((loc.0 - super::FILE_BASE) / 8) as usize
 }
 
+const CC_DST: usize = file_word(Loc::CC_DST);
+const CC_SRC: usize = file_word(Loc::CC_SRC);
+const CC_SRC2: usize = file_word(Loc::CC_SRC2);
+const CC_OP: usize = file_word(Loc::CC_OP);
+
 /// The six flags from the lazy ones.
+#[inline(never)]
 fn lazy_flags(f: &File) -> u64 {
-    let op = CcOp(f[file_word(Loc::CC_OP)] as u8);
-    let (dst, src, src2) = (f[file_word(Loc::CC_DST)], f[file_word(Loc::CC_SRC)], f[file_word(Loc::CC_SRC2)]);
-    twofold_arch::flags::arith_flags(op, dst, src, src2)
+    twofold_arch::flags::arith_flags(CcOp(f[CC_OP] as u8), f[CC_DST], f[CC_SRC], f[CC_SRC2])
 }
+#[inline(never)]
 fn cond(f: &File, cc: usize) -> bool {
     CondCode::ALL[cc & 15].holds(lazy_flags(f))
 }
@@ -200,6 +205,14 @@ impl Program {
                 code::PUT32 => f[d(w)] = insert(f[d(w)], f[a(w)], 0, 32),
                 code::PUTN => f[d(w)] = insert(f[d(w)], f[a(w)], byte(w, 0) as u32, byte(w, 1) as u32),
                 code::PUTI32 => f[d(w)] = insert(f[d(w)], imm(w), 0, 32),
+                code::CC => {
+                    f[CC_SRC] = f[a(w)];
+                    f[CC_OP] = insert(f[CC_OP], b(w) as u64, 0, 32);
+                }
+                code::CCI => {
+                    f[CC_SRC] = imm(w);
+                    f[CC_OP] = insert(f[CC_OP], b(w) as u64, 0, 32);
+                }
                 code::PUTIN => f[d(w)] = insert(f[d(w)], imm(w), a(w) as u32, b(w) as u32),
 
                 code::ADD => bin(f, w, u64::wrapping_add),

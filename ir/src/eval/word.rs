@@ -59,6 +59,10 @@ pub(crate) mod code {
         PUTI32
         /// b bits of d from bit a on = imm.
         PUTIN
+        /// cc_src = a, cc_op = b.
+        CC
+        /// cc_src = imm, cc_op = b.
+        CCI
         // Two-operand ops: d = imm.0 = a op b; and with I: d = b = a op imm.
         ADD SUB AND OR XOR MUL SHL SHR SAR ROTL ROTR
         ADD32 SUB32 AND32 OR32 XOR32 MUL32 SHL32 SHR32 SAR32 ROTL32 ROTR32

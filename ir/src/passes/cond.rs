@@ -99,7 +99,7 @@ impl Flags<'_, '_> {
     }
     fn not(&mut self, v: Value) -> Value {
         if let Op::Cmp { cc, ty, a, b } = self.f.out[v.index()] {
-            return self.f.emit(Op::Cmp { cc: cc.negated(), ty, a, b });
+            return self.f.push(Op::Cmp { cc: cc.negated(), ty, a, b });
         }
         self.cmp_imm(IntCc::Eq, v, 0)
     }
@@ -130,6 +130,14 @@ impl Flags<'_, '_> {
     }
 
     fn zero(&mut self) -> Value {
+        // The operands of a subtraction say the same, but where it has overwritten one (SUB, DEC) its old value would have to
+        // be kept for that.
+        if let Op::Bin { op: BinOp::Sub, a, .. } = self.f.out[self.d.index()]
+            && self.f.is_overwritten(a)
+        {
+            let b = self.f.iconst(self.ty, 0);
+            return self.f.push(Op::Cmp { cc: IntCc::Eq, ty: self.ty, a: self.d, b });
+        }
         self.cmp_imm(IntCc::Eq, self.d, 0)
     }
     fn sign(&mut self) -> Value {

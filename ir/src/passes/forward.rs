@@ -164,6 +164,15 @@ impl Forward<'_> {
         v
     }
 
+    /// Whether `v` was got from a field that has been put since.
+    pub fn is_overwritten(&self, v: Value) -> bool {
+        match self.out[v.index()] {
+            Op::Get { ty, loc } => self.known.find(ty, loc).is_none_or(|h| h.v != v),
+            Op::Trunc { a, .. } => matches!(self.out[a.index()], Op::Get { .. }) && self.is_overwritten(a),
+            _ => false,
+        }
+    }
+
     /// Whether the field is known to hold `v` already.
     fn holds(&self, ty: Ty, loc: Loc, v: Value) -> bool {
         self.known.find(ty, loc).is_some_and(|h| {
