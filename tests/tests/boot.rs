@@ -63,6 +63,19 @@ fn debian_amd64_stats() {
     }
 }
 
+/// A shell on the serial console that one types at.
+#[test]
+fn debian_amd64_shell() {
+    let Some(dir) = guests(false) else { return };
+    let mut command = std::process::Command::new(support::twofold());
+    command.arg("run").arg("--kernel").arg(dir.join("amd64.vmlinuz")).arg("--initrd").arg(dir.join("hello64.zst"));
+    command.args(["--append", "console=ttyS0 quiet rdinit=/bin/busybox -- sh"]);
+    let script = [("/ # ", "echo six times seven is $((6*7))\r"), ("/ # ", "/bin/busybox poweroff -f\r")];
+    let run = support::converse(&mut command, &script, LIMIT);
+    run.expect_status(0);
+    assert!(run.stdout.contains("six times seven is 42"), "{}", run.shown());
+}
+
 /// 32-bit paging.
 #[test]
 fn debian_686() {

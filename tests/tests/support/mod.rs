@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -118,18 +118,42 @@ impl Outcome {
 /// Runs `command` with stdin closed; kills it and fails the test after `limit`.
 #[track_caller]
 pub fn run(command: &mut Command, limit: Duration) -> Outcome {
+    converse(command, &[], limit)
+}
+
+/// Runs `command`; each time the first of a pair's texts appears on stdout (after where the one before did), types the
+/// second. Kills it and fails the test after `limit`.
+#[track_caller]
+pub fn converse(command: &mut Command, script: &[(&str, &str)], limit: Duration) -> Outcome {
     let start = Instant::now();
+    let stdin = if script.is_empty() { Stdio::null() } else { Stdio::piped() };
     let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command starts");
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command starts");
+    let mut keyboard = child.stdin.take();
     let mut out = child.stdout.take().expect("piped");
     let mut err = child.stderr.take().expect("piped");
-    let read = |pipe: &mut dyn Read| {
-        let mut bytes = Vec::new();
-        let _ = pipe.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    let stdout = std::thread::spawn(move || read(&mut out));
-    let stderr = std::thread::spawn(move || read(&mut err));
+    let script: Vec<(String, String)> = script.iter().map(|&(a, b)| (a.to_owned(), b.to_owned())).collect();
+    let stdout = std::thread::spawn(move || {
+        let (mut all, mut from, mut chunk) = (Vec::new(), 0, [0; 4096]);
+        let mut script = script.into_iter().peekable();
+        while let Ok(n @ 1..) = out.read(&mut chunk) {
+            all.extend_from_slice(&chunk[..n]);
+            while let Some((awaited, typed)) = script.peek() {
+                let Some(at) = all[from..].windows(awaited.len()).position(|w| w == awaited.as_bytes()) else { break };
+                from += at + awaited.len();
+                if let Some(keyboard) = &mut keyboard {
+                    let _ = keyboard.write_all(typed.as_bytes()).and_then(|()| keyboard.flush());
+                }
+                script.next();
+            }
+        }
+        String::from_utf8_lossy(&all).into_owned()
+    });
+    let stderr = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        let _ = err.read_to_end(&mut all);
+        String::from_utf8_lossy(&all).into_owned()
+    });
     let mut late = false;
     let status = loop {
         if let Some(status) = child.try_wait().expect("wait") {
