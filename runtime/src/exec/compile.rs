@@ -4,9 +4,10 @@
 //! every block keeping its IR. Invariants: an answer is installed only if its block is still the one that was asked for;
 //! the thread owns its compiler and never touches guest state.
 
-use std::sync::Arc;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use twofold_arch::TbFlags;
@@ -42,13 +43,69 @@ struct Done {
     text: String,
 }
 
+/// How much a job matters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Heat {
+    /// The block has just become worth compiling.
+    Warm,
+    /// The block has gone on running in the evaluator: before every warm one.
+    Hot,
+}
+
+/// Jobs that wait, hot ones first.
+#[derive(Default)]
+struct Waiting {
+    warm: VecDeque<Job>,
+    hot: VecDeque<Job>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Inbox {
+    waiting: Mutex<Waiting>,
+    filled: Condvar,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn push(&self, job: Job, heat: Heat) {
+        let mut waiting = self.lock();
+        match heat {
+            Heat::Warm => waiting.warm.push_back(job),
+            Heat::Hot => waiting.hot.push_back(job),
+        }
+        drop(waiting);
+        self.filled.notify_one();
+    }
+    /// The next job; `None` when there will be none.
+    fn pop(&self) -> Option<Job> {
+        let mut waiting = self.lock();
+        loop {
+            if waiting.closed {
+                return None;
+            }
+            if let Some(job) = waiting.hot.pop_front() {
+                return Some(job);
+            }
+            if let Some(job) = waiting.warm.pop_front() {
+                return Some(job);
+            }
+            waiting = self.filled.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+    fn close(&self) {
+        self.lock().closed = true;
+        self.filled.notify_one();
+    }
+}
+
 /// The compile thread as the dispatcher sees it.
 pub struct CompileQueue {
-    jobs: Sender<Job>,
+    inbox: Arc<Inbox>,
     done: Receiver<Done>,
     ready: Arc<AtomicUsize>,
-    /// Jobs that have not come back.
-    pub in_flight: usize,
 }
 
 impl CompileQueue {
@@ -56,15 +113,15 @@ impl CompileQueue {
     #[must_use]
     pub fn start(options: Options) -> Option<Self> {
         let compiler = Compiler::new(options).ok()?;
-        let (jobs, todo) = channel::<Job>();
+        let inbox = Arc::new(Inbox::default());
         let (out, done) = channel();
         let ready = Arc::new(AtomicUsize::new(0));
-        let counter = ready.clone();
+        let (todo, counter) = (inbox.clone(), ready.clone());
         std::thread::Builder::new()
             .name(String::from("twofold-compile"))
             .spawn(move || worker(compiler, &todo, &out, &counter))
             .ok()?;
-        Some(Self { jobs, done, ready, in_flight: 0 })
+        Some(Self { inbox, done, ready })
     }
 
     /// Whether host code waits to be installed. One relaxed load.
@@ -75,9 +132,20 @@ impl CompileQueue {
     }
 }
 
-fn worker(mut compiler: Compiler, todo: &Receiver<Job>, out: &Sender<Done>, ready: &AtomicUsize) {
+impl Drop for CompileQueue {
+    fn drop(&mut self) {
+        self.inbox.close();
+    }
+}
+
+fn worker(mut compiler: Compiler, todo: &Inbox, out: &Sender<Done>, ready: &AtomicUsize) {
     let mut passes = Passes::default();
-    while let Ok(job) = todo.recv() {
+    // A block that got hot while it waited is asked for twice.
+    let mut finished = HashSet::new();
+    while let Some(job) = todo.pop() {
+        if !finished.insert(job.serial) {
+            continue;
+        }
         let start = Instant::now();
         let mut text = String::new();
         let result = match retranslate(&job, &mut passes) {
@@ -125,10 +193,14 @@ fn retranslate(job: &Job, passes: &mut Passes) -> Option<Block> {
 }
 
 /// Asks for host code for block `id`.
-pub fn request(vcpu: &mut Vcpu, id: TbId) {
+pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
     let features = vcpu.model.features;
     let tb = vcpu.jit.tbs.get(id);
-    if tb.tier != TierState::Cold || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
+    let wanted = match heat {
+        Heat::Warm => tb.tier == TierState::Cold,
+        Heat::Hot => tb.tier == TierState::Queued,
+    };
+    if !wanted || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
         return;
     }
     let (key, len, second) = (tb.key, tb.len as usize, tb.second_page);
@@ -148,18 +220,16 @@ pub fn request(vcpu: &mut Vcpu, id: TbId) {
         features,
         texts: vcpu.debug,
     };
-    if let Some(queue) = &mut vcpu.jit.queue
-        && queue.jobs.send(job).is_ok()
-    {
-        queue.in_flight += 1;
+    if let Some(queue) = &vcpu.jit.queue {
+        queue.inbox.push(job, heat);
         vcpu.jit.tbs.get_mut(id).tier = TierState::Queued;
-        vcpu.counters.compile_requests += 1;
+        vcpu.counters.compile_requests += u64::from(heat == Heat::Warm);
     }
 }
 
 /// Has block `id` compiled, and waits for it (`--tier quick`).
 pub fn compile_now(vcpu: &mut Vcpu, id: TbId) {
-    request(vcpu, id);
+    request(vcpu, id, Heat::Warm);
     while vcpu.jit.tbs.get(id).tier == TierState::Queued {
         let Some(queue) = &mut vcpu.jit.queue else { return };
         let Ok(done) = queue.done.recv() else { return };
@@ -176,9 +246,8 @@ pub fn install_ready(vcpu: &mut Vcpu) {
 
 /// Installs an answer of the compile thread, if it is still wanted.
 fn take(vcpu: &mut Vcpu, done: Done) {
-    if let Some(queue) = &mut vcpu.jit.queue {
+    if let Some(queue) = &vcpu.jit.queue {
         queue.ready.fetch_sub(1, Ordering::Relaxed);
-        queue.in_flight -= 1;
     }
     vcpu.counters.compile_ns += done.ns;
     let tb = vcpu.jit.tbs.get(done.id);

@@ -15,6 +15,7 @@ use twofold_mmu::{FlushCause, JumpCacheEntry};
 use twofold_ir::eval::{Leave, Target};
 
 use super::env::Env;
+use super::compile::Heat;
 use super::counters::Phase;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, DebugItem, StopReason};
@@ -369,8 +370,11 @@ fn find_or_translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId
 fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
     let tb = vcpu.jit.tbs.get_mut(id);
     tb.runs = tb.runs.saturating_add(1);
-    if tb.runs == vcpu.jit.policy.threshold {
-        super::compile::request(vcpu, id);
+    let runs = tb.runs;
+    if runs == vcpu.jit.policy.warm {
+        super::compile::request(vcpu, id, Heat::Warm);
+    } else if runs == vcpu.jit.policy.hot {
+        super::compile::request(vcpu, id, Heat::Hot);
     }
     let tb = vcpu.jit.tbs.get(id);
     let program: *const twofold_ir::eval::Program = &*tb.program;

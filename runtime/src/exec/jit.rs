@@ -13,13 +13,17 @@ use crate::config::Tier;
 #[derive(Clone, Copy, Debug)]
 pub struct TierPolicy {
     /// Evaluator runs after which a block is sent to the compile thread.
-    pub threshold: u32,
+    pub warm: u32,
+    /// Evaluator runs after which it goes before all that are merely warm.
+    pub hot: u32,
     /// Whether the dispatcher waits for the compile thread (`--tier quick`: everything is compiled before it runs).
     pub wait: bool,
 }
 
 /// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
-const AUTO_THRESHOLD: u32 = 64;
+const WARM: u32 = 256;
+/// Evaluator runs after which a block should not have to wait behind others.
+const HOT: u32 = 2048;
 
 /// The execution machinery.
 pub struct Jit {
@@ -56,13 +60,14 @@ impl Jit {
         let wanted = twofold_backend::available() && tier != Tier::Eval;
         let code = if wanted { CodeMemory::new(CodeMemory::DEFAULT_CAPACITY).ok() } else { None };
         let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
-        let threshold = if tier == Tier::Auto { AUTO_THRESHOLD } else { 1 };
+        let wait = tier != Tier::Auto;
+        let policy = TierPolicy { warm: if wait { 1 } else { WARM }, hot: HOT, wait };
         Self {
             tbs: TbStore::default(),
             passes: Passes::default(),
             code,
             queue,
-            policy: TierPolicy { threshold, wait: tier != Tier::Auto },
+            policy,
             helpers: Box::new(super::slow::helper_table()),
             current: None,
             restart: false,
