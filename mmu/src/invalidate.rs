@@ -9,7 +9,7 @@
 
 use twofold_arch::LinearAddr;
 
-use crate::mmu::{Mmu, tags_of};
+use crate::mmu::{Mmu, check_linear, tags_of};
 use crate::space::AddressSpace;
 use crate::stats::{FlushCause, FlushPolicy};
 use crate::tlb::{Context, Tags, View};
@@ -177,6 +177,8 @@ impl Mmu {
         if self.begin_flush(FlushCause::Invlpg) {
             return;
         }
+        // What is not canonical is not cached.
+        let Ok(la) = check_linear(space, la) else { return };
         let pcid = space.pcid;
         self.of_vpid(space.vpid).for_each(|c| c.drop_page(la, c.tags.pcid != pcid));
     }

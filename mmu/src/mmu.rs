@@ -368,7 +368,7 @@ impl Mmu {
 
 /// The canonical check, and 32-bit wrap where linear addresses have 32 bits.
 #[inline]
-fn check_linear(space: &AddressSpace, la: LinearAddr) -> Result<LinearAddr, Fault> {
+pub(crate) fn check_linear(space: &AddressSpace, la: LinearAddr) -> Result<LinearAddr, Fault> {
     match space.canonical_width() {
         Some(width) if !la.is_canonical(width) => Err(Fault::NonCanonical { la }),
         Some(_) => Ok(la),
@@ -565,9 +565,11 @@ impl Mmu {
         }
     }
 
-    /// Puts an entry in the current context's jump cache. `la` is the linear address of its RIP; `global` says that all the
-    /// pages its code lies in are global ([`Fetched::global`]).
+    /// Puts an entry in the current context's jump cache. `la` is the linear address of its RIP; `global` says that the
+    /// page its code begins in is global ([`Fetched::global`]).
     pub fn jump_insert(&mut self, la: LinearAddr, entry: JumpCacheEntry, global: bool) {
+        // An instruction is at most 15 bytes long; one that may run into the next page depends on that page's mapping too.
+        let global = global && la.page_offset() <= PAGE_SIZE - 15;
         self.contexts[self.current].jump_insert(la, entry, global);
     }
 

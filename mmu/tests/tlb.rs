@@ -444,6 +444,10 @@ fn jump_cache_follows_invalidations() {
     mmu.jump_insert(LinearAddr(0x5010), e, false);
     mmu.invlpg(&a, LinearAddr(0x5000));
     assert!(!has(&mmu, 0x10));
+    // Code that may run into the next page is not kept across MOV CR3: that page may not be global.
+    insert(&mut mmu, 0x7ff8, true);
+    let _ = mmu.mov_cr3(&a, false);
+    assert!(!has(&mmu, 0x7ff8));
     insert(&mut mmu, 0x3010, true);
     let smep = AddressSpace { smep: true, ..a };
     let _ = mmu.controls_changed(&a, &smep);

@@ -502,3 +502,39 @@ fn a11_tables_outside_ram() {
     assert_eq!(mmu.probe(&space_of(&cpu), LinearAddr(0)).unwrap().page, PhysAddr(0x2_0000));
     assert!(machine.memory() == m);
 }
+
+/// Row B4 as far as walks go: three threads change the same entries, two by walking and one as software does; nothing is lost.
+#[test]
+fn b4_flags_set_by_two_walkers_at_once() {
+    let (cpu, m, leaf) = one_page(Mode::Four, 7, 7);
+    let machine = Machine::new();
+    for round in 0..20 {
+        machine.set_memory(&m);
+        for i in 0..512 {
+            machine.ram().store_u64(leaf + i * 8, 0x2_0007);
+        }
+        let walker = |op| {
+            let mut direct = Direct { phys: &machine.phys, code: &machine.code };
+            for i in 0..512 {
+                let access = access_of(op, Who::User);
+                walk(&space_of(&cpu), LinearAddr(i << 12), access, &mut direct, &mut WalkCounts::default()).unwrap();
+            }
+        };
+        std::thread::scope(|s| {
+            s.spawn(|| walker(Op::Read));
+            s.spawn(|| walker(Op::Write));
+            s.spawn(|| {
+                for i in 0..512 {
+                    let at = leaf + i * 8;
+                    while !{
+                        let old = machine.ram().load_u64(at).unwrap();
+                        machine.ram().exchange_u64(at, old, old | 1 << 9).unwrap()
+                    } {}
+                }
+            });
+        });
+        for i in 0..512 {
+            assert_eq!(machine.ram().load_u64(leaf + i * 8), Some(0x2_0267), "round {round}, entry {i}");
+        }
+    }
+}
