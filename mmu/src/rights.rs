@@ -1,7 +1,7 @@
 //! Access rights: whether a translation permits an access, and how its refusal shows in the error code (row A5).
 //!
 //! Place in the pipeline: between a walk and its mapping, and when the fill turns a mapping into TLB tags. The rules are
-//! written once, in [`data_allowed`] and [`fetch_allowed`]; both users call those.
+//! written once, in `data_allowed`, `key_refuses` and `fetch_allowed`; both users call those.
 //! Source: SDM Vol 3A, "Determination of Access Rights", "Protection Keys", "Page-Fault Exceptions".
 
 use twofold_arch::exception::pf;
