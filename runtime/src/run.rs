@@ -169,6 +169,7 @@ impl Machine {
         cpu::refresh_space(&mut vcpu);
         vcpu.mmu.reset(&vcpu.space).store(&mut vcpu.state);
         if loaded.without_firmware {
+            vcpu.cold.firmware_mtrrs();
             vcpu.platform().enter_virtual_wire_mode();
         }
         if vcpu.debug.has(DebugItem::Boot) {

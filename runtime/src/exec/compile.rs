@@ -298,6 +298,7 @@ fn evict(vcpu: &mut Vcpu) {
         }
         tb.tier = TierState::Cold;
         tb.runs = 0;
+        tb.cached_rips.clear();
         let incoming = std::mem::take(&mut tb.incoming);
         vcpu.counters.evicted_tbs += 1;
         vcpu.jit.unlink(&incoming);

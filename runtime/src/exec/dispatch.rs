@@ -299,6 +299,10 @@ fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
     if fill {
         let la = linear_rip(vcpu, flags);
         let (rip, rip_base) = (vcpu.state.rip, vcpu.state.rip_base);
+        let rips = &mut vcpu.jit.tbs.get_mut(id).cached_rips;
+        if !rips.contains(&rip) {
+            rips.push(rip);
+        }
         vcpu.jump_insert(la, JumpCacheEntry { rip, flags: u64::from(flags.0), code, rip_base });
     }
 }

@@ -164,7 +164,6 @@ pub fn drop_written(vcpu: &mut Vcpu) {
 
 /// Takes blocks out of the store and out of everything that leads to them.
 pub fn drop_blocks(vcpu: &mut Vcpu, ids: &[TbId]) {
-    let mut dead = Vec::new();
     for &id in ids {
         let tb = vcpu.jit.tbs.get(id);
         if !tb.live {
@@ -176,14 +175,10 @@ pub fn drop_blocks(vcpu: &mut Vcpu, ids: &[TbId]) {
         if let Some(page) = second {
             vcpu.mmu.code().remove(page, len - first);
         }
-        let (incoming, code) = vcpu.jit.tbs.remove(id);
-        vcpu.jit.unlink(&incoming);
-        if let Some(code) = code {
-            dead.push(code.entry);
+        let removed = vcpu.jit.tbs.remove(id);
+        vcpu.jit.unlink(&removed.incoming);
+        for rip in removed.cached_rips {
+            vcpu.mmu.jump_forget(rip);
         }
-    }
-    if !dead.is_empty() {
-        vcpu.counters.jump_cache_clears += 1;
-        vcpu.mmu.jump_drop_where(|e| dead.contains(&e.code));
     }
 }

@@ -64,6 +64,17 @@ pub struct Tb {
     pub code: Option<InstalledTb>,
     /// Slots that were linked to this block: (block, slot).
     pub incoming: Vec<(TbId, u16)>,
+    /// RIPs under which jump caches may hold it.
+    pub cached_rips: Vec<u64>,
+}
+
+/// What led to a block that was taken out.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// Slots that are linked to it.
+    pub incoming: Vec<(TbId, u16)>,
+    /// RIPs under which jump caches may hold it.
+    pub cached_rips: Vec<u64>,
 }
 
 const FRONT: usize = 1 << 14;
@@ -186,18 +197,18 @@ impl TbStore {
         list.iter().copied().filter(hit).collect()
     }
 
-    /// Takes a block out. Returns the slots that lead to it and its host code: the caller unlinks the ones, and takes the
-    /// other out of the jump caches.
-    pub fn remove(&mut self, id: TbId) -> (Vec<(TbId, u16)>, Option<InstalledTb>) {
+    /// Takes a block out. The caller unlinks the slots that lead to it and takes it out of the jump caches.
+    pub fn remove(&mut self, id: TbId) -> Removed {
         if !self.get(id).live {
-            return (Vec::new(), None);
+            return Removed::default();
         }
         self.live -= 1;
         let tb = self.get_mut(id);
         tb.live = false;
+        tb.code = None;
         let (key, second) = (tb.key, tb.second_page);
-        let code = tb.code.take();
-        let incoming = std::mem::take(&mut tb.incoming);
+        let removed =
+            Removed { incoming: std::mem::take(&mut tb.incoming), cached_rips: std::mem::take(&mut tb.cached_rips) };
         self.by_key.remove(&key);
         let i = front_index(key.pa.0, key.flags);
         if self.front[i].id == id.0 {
@@ -212,7 +223,7 @@ impl TbStore {
             }
         }
         self.dying.push(id);
-        (incoming, code)
+        removed
     }
 
     /// Says that no block is being run: places of dead blocks may be used again.

@@ -94,6 +94,7 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         insn_offs: block.insns.iter().map(|i| i.off).collect(),
         code: None,
         incoming: Vec::new(),
+        cached_rips: Vec::new(),
     };
     vcpu.jit.tbs.insert(tb)
 }
