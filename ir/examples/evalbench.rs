@@ -414,7 +414,11 @@ fn main() {
     }
     let passing = start.elapsed().as_secs_f64() - copying;
     let per = |seconds: f64| seconds * 1e9 / (rounds * n) as f64;
-    println!("\n{:.1} ops a block, {:.1} instructions", ops as f64 / n as f64, all.iter().map(|b| b.insns.len()).sum::<usize>() as f64 / n as f64);
+    println!(
+        "\n{:.1} ops a block, {:.1} instructions",
+        ops as f64 / n as f64,
+        all.iter().map(|b| b.insns.len()).sum::<usize>() as f64 / n as f64
+    );
     println!("passes   {:6.0} ns a block", per(passing));
     for (name, blocks) in [("as built", &all), ("after passes", &copies)] {
         let start = Instant::now();

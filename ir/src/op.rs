@@ -29,7 +29,11 @@ impl Value {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum Ty {
-    I8, I16, I32, I64, V128,
+    I8,
+    I16,
+    I32,
+    I64,
+    V128,
 }
 
 impl Ty {
@@ -145,7 +149,16 @@ pub enum UnOp {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum IntCc {
-    Eq, Ne, Ult, Ule, Ugt, Uge, Slt, Sle, Sgt, Sge,
+    Eq,
+    Ne,
+    Ult,
+    Ule,
+    Ugt,
+    Uge,
+    Slt,
+    Sle,
+    Sgt,
+    Sge,
 }
 
 impl IntCc {
@@ -217,7 +230,12 @@ impl UnOp {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum RmwOp {
-    Add, Sub, And, Or, Xor, Xchg,
+    Add,
+    Sub,
+    And,
+    Or,
+    Xor,
+    Xchg,
 }
 
 impl RmwOp {
@@ -261,47 +279,126 @@ pub enum Op {
     /// Nothing; passes leave it where an op was deleted, compaction removes it.
     Nop,
     /// An integer constant, zero-extended in `imm`.
-    Const { ty: Ty, imm: u64 },
+    Const {
+        ty: Ty,
+        imm: u64,
+    },
     /// Reads a field of the guest state.
-    Get { ty: Ty, loc: Loc },
+    Get {
+        ty: Ty,
+        loc: Loc,
+    },
     /// Writes a field of the guest state.
-    Put { ty: Ty, loc: Loc, v: Value },
+    Put {
+        ty: Ty,
+        loc: Loc,
+        v: Value,
+    },
     /// I64: `rip_base + off`, truncated to 16 or 32 bits outside 64-bit code.
-    Rip { off: i32 },
-    Bin { op: BinOp, ty: Ty, a: Value, b: Value },
-    Un { op: UnOp, ty: Ty, a: Value },
+    Rip {
+        off: i32,
+    },
+    Bin {
+        op: BinOp,
+        ty: Ty,
+        a: Value,
+        b: Value,
+    },
+    Un {
+        op: UnOp,
+        ty: Ty,
+        a: Value,
+    },
     /// I8: 1 when the comparison of two values of type `ty` holds, else 0.
-    Cmp { cc: IntCc, ty: Ty, a: Value, b: Value },
+    Cmp {
+        cc: IntCc,
+        ty: Ty,
+        a: Value,
+        b: Value,
+    },
     /// `a` when `c` (I8) is not 0, else `b`. Any type.
-    Select { ty: Ty, c: Value, a: Value, b: Value },
+    Select {
+        ty: Ty,
+        c: Value,
+        a: Value,
+        b: Value,
+    },
     /// Zero extension to a wider integer type.
-    Zext { to: Ty, a: Value },
+    Zext {
+        to: Ty,
+        a: Value,
+    },
     /// Sign extension to a wider integer type.
-    Sext { to: Ty, a: Value },
+    Sext {
+        to: Ty,
+        a: Value,
+    },
     /// The low bits of a wider integer.
-    Trunc { to: Ty, a: Value },
+    Trunc {
+        to: Ty,
+        a: Value,
+    },
     /// V128 from two I64.
-    Pair { lo: Value, hi: Value },
+    Pair {
+        lo: Value,
+        hi: Value,
+    },
     /// The low (`hi` false) or high I64 of a V128.
-    Half { a: Value, hi: bool },
+    Half {
+        a: Value,
+        hi: bool,
+    },
     /// I8: whether a condition holds for the lazy flags as they stand here.
-    Cond { cc: CondCode },
+    Cond {
+        cc: CondCode,
+    },
     /// I64: the six arithmetic flags as they stand here, in RFLAGS positions.
     Flags,
     /// Reads guest memory at a linear address (I64). Can fault.
-    Load { ty: Ty, flags: MemFlags, addr: Value },
+    Load {
+        ty: Ty,
+        flags: MemFlags,
+        addr: Value,
+    },
     /// Writes guest memory at a linear address (I64). Can fault.
-    Store { ty: Ty, flags: MemFlags, addr: Value, v: Value },
+    Store {
+        ty: Ty,
+        flags: MemFlags,
+        addr: Value,
+        v: Value,
+    },
     /// Atomically replaces memory by `op(memory, v)`; the value is what memory held. Integer types. Can fault (as a write).
-    Rmw { op: RmwOp, ty: Ty, addr: Value, v: Value },
+    Rmw {
+        op: RmwOp,
+        ty: Ty,
+        addr: Value,
+        v: Value,
+    },
     /// Atomic compare and exchange; the value is what memory held. Memory is always written. Can fault (as a write).
-    CmpXchg { ty: Ty, addr: Value, expected: Value, new: Value },
+    CmpXchg {
+        ty: Ty,
+        addr: Value,
+        expected: Value,
+        new: Value,
+    },
     /// A vector op; operand and result types are `op.sig()`.
-    Vec { op: VecOp, imm: u8, a: Value, b: Value, c: Value },
+    Vec {
+        op: VecOp,
+        imm: u8,
+        a: Value,
+        b: Value,
+        c: Value,
+    },
     /// Calls the runtime with up to four I64 arguments; the value is I64. See [`Helper`] for effects.
-    Call { helper: Helper, args: [Value; 4] },
+    Call {
+        helper: Helper,
+        args: [Value; 4],
+    },
     /// Leaves through side exit `exit` when `c` (I8) is not 0.
-    ExitIf { c: Value, exit: u16 },
+    ExitIf {
+        c: Value,
+        exit: u16,
+    },
 }
 
 const _: () = assert!(size_of::<Op>() == 16);
@@ -354,11 +451,9 @@ impl Op {
                 g(a);
                 g(b);
             }
-            Op::Un { a, .. }
-            | Op::Zext { a, .. }
-            | Op::Sext { a, .. }
-            | Op::Trunc { a, .. }
-            | Op::Half { a, .. } => g(a),
+            Op::Un { a, .. } | Op::Zext { a, .. } | Op::Sext { a, .. } | Op::Trunc { a, .. } | Op::Half { a, .. } => {
+                g(a)
+            }
             Op::Select { c, a, b, .. } => {
                 g(c);
                 g(a);

@@ -30,7 +30,8 @@ pub fn parse(text: &str) -> Result<Block, String> {
     if !p.begun {
         return Err("no block".into());
     }
-    p.block.exits = p.exits.into_iter().enumerate().map(|(i, e)| e.ok_or(format!("no exit {i}"))).collect::<Result<_, _>>()?;
+    p.block.exits =
+        p.exits.into_iter().enumerate().map(|(i, e)| e.ok_or(format!("no exit {i}"))).collect::<Result<_, _>>()?;
     Ok(p.block)
 }
 

@@ -148,7 +148,11 @@ impl Check<'_> {
     }
     fn loc(&self, ty: Ty, loc: u16) -> Outcome {
         let size = size_of::<twofold_arch::CpuState>();
-        if loc as usize + ty.bytes() as usize <= size && loc >= 8 { Ok(()) } else { Err("outside the guest state".into()) }
+        if loc as usize + ty.bytes() as usize <= size && loc >= 8 {
+            Ok(())
+        } else {
+            Err("outside the guest state".into())
+        }
     }
     fn exit(&self, exit: &Exit) -> Outcome {
         match *exit {

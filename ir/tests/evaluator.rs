@@ -21,12 +21,7 @@ fn compare(block: &Block, program: &Program, seed: u64, fault_at: usize) -> usiz
             (0..256).filter(|&i| a.file[i] != b.file[i]).collect::<Vec<_>>(),
             first.map(|i| &a.trace[i]),
             first.map(|i| &b.trace[i]),
-            block
-                .ops
-                .iter()
-                .enumerate()
-                .map(|(i, o)| format!("{i}: {o:?}\n"))
-                .collect::<String>(),
+            block.ops.iter().enumerate().map(|(i, o)| format!("{i}: {o:?}\n")).collect::<String>(),
         );
     }
     a.trace.len()
@@ -47,7 +42,9 @@ fn program_does_what_the_reference_does() {
             faults += 1;
         }
         let mut env = FakeEnv::new(round);
-        left += usize::from(matches!(program.run(&mut env), Leave::Exit { exit, .. } if (exit as usize) < block.exits.len()));
+        left += usize::from(
+            matches!(program.run(&mut env), Leave::Exit { exit, .. } if (exit as usize) < block.exits.len()),
+        );
     }
     assert!(left > 1000 && faults > 10_000, "{left} {faults}");
     assert!(fallbacks < 30, "{fallbacks} blocks had too many live values");

@@ -313,12 +313,14 @@ impl Lowerer {
                     root = self.root(a);
                     half = self.half(a);
                 }
-                Op::Sext { to, .. } if to == Ty::I32 => width = 32,
+                Op::Sext { to: Ty::I32, .. } => width = 32,
                 Op::Half { a, hi } => {
                     root = self.root(a);
                     half = u8::from(hi);
                 }
-                Op::Load { ty, .. } | Op::Rmw { ty, .. } | Op::CmpXchg { ty, .. } if ty != Ty::V128 => width = ty.bits(),
+                Op::Load { ty, .. } | Op::Rmw { ty, .. } | Op::CmpXchg { ty, .. } if ty != Ty::V128 => {
+                    width = ty.bits()
+                }
                 _ => {}
             }
             let v = &mut self.vals[i];
@@ -411,7 +413,8 @@ impl Lowerer {
         let next = self.written(w, ty);
         self.vals[i as usize].first = next;
         let r = self.root(v);
-        let whole = self.vals[v.index()].half == 0 && block.ops[r as usize].result() != Some(Ty::V128) || ty == Ty::V128;
+        let whole =
+            self.vals[v.index()].half == 0 && block.ops[r as usize].result() != Some(Ty::V128) || ty == Ty::V128;
         let words = if ty == Ty::V128 { 2 } else { 1 };
         for k in 0..words {
             self.writes(w + k, i);
@@ -532,8 +535,8 @@ impl Lowerer {
             let Some(&Op::Put { ty, loc, .. }) = block.ops.get(put as usize) else { continue };
             let Some(w) = full_word(ty, loc) else { continue };
             let live = |x: &Pending| x.put == put && x.epoch == self.epoch;
-            let pending = live(&self.pending[w as usize])
-                && (ty != Ty::V128 || live(&self.pending[w.wrapping_add(1) as usize]));
+            let pending =
+                live(&self.pending[w as usize]) && (ty != Ty::V128 || live(&self.pending[w.wrapping_add(1) as usize]));
             if put != p && !pending {
                 continue;
             }
@@ -605,7 +608,8 @@ impl Lowerer {
     fn bin_order(&self, block: &Block, op: BinOp, ty: Ty, a: Value, b: Value) -> (Value, Value) {
         if op.commutes() {
             let left = self.constant(block, a, ty).is_some() && self.constant(block, b, ty).is_none();
-            let scaled = op == BinOp::Add && self.scaled(block, ty, a).is_some() && self.constant(block, b, ty).is_none();
+            let scaled =
+                op == BinOp::Add && self.scaled(block, ty, a).is_some() && self.constant(block, b, ty).is_none();
             if left || scaled {
                 return (b, a);
             }
@@ -1014,4 +1018,3 @@ const _: () = {
     assert!(code::LD128 - code::LD8 == Ty::V128 as u8 && code::ST128 - code::ST8 == Ty::V128 as u8);
     assert!(code::ZX32 - code::ZX8 == Ty::I32 as u8 && code::SX32 - code::SX8 == Ty::I32 as u8);
 };
-

@@ -342,7 +342,13 @@ impl Program {
                     env.file()[d(w)] = v;
                 }
                 code::VEC => {
-                    let r = vecop::eval(vec_op(w), byte(w, 3) as u8, get128(f, a(w)), get128(f, b(w)), get128(f, byte(w, 0)));
+                    let r = vecop::eval(
+                        vec_op(w),
+                        byte(w, 3) as u8,
+                        get128(f, a(w)),
+                        get128(f, b(w)),
+                        get128(f, byte(w, 0)),
+                    );
                     put128(f, d(w), r);
                 }
                 code::VECX => vec_mixed(f, w),

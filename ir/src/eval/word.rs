@@ -14,7 +14,6 @@ pub(crate) const fn word_bytes(code: u8, d: u8, a: u8, b: u8, rest: [u8; 4]) -> 
     word(code, d, a, b, u32::from_le_bytes(rest))
 }
 
-
 /// The codes. `x` is the file's word `x`, `imm` the sign-extended immediate, `imm.n` byte `n` of it.
 pub(crate) mod code {
     #![allow(missing_docs)]

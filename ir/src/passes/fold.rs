@@ -87,7 +87,7 @@ fn bin_const(out: &[Op], op: BinOp, ty: Ty, a: Value, c: u64) -> Step {
     let ones = ty.mask();
     match op {
         BinOp::Add | BinOp::Sub | BinOp::Or | BinOp::Xor if c == 0 => Step::Value(a),
-        BinOp::Shl | BinOp::Shr | BinOp::Sar | BinOp::Rotl | BinOp::Rotr if c % bits == 0 => Step::Value(a),
+        BinOp::Shl | BinOp::Shr | BinOp::Sar | BinOp::Rotl | BinOp::Rotr if c.is_multiple_of(bits) => Step::Value(a),
         BinOp::And if c == 0 => fold(ty, 0),
         BinOp::And if c == ones => Step::Value(a),
         BinOp::Or if c == ones => fold(ty, ones),
@@ -99,6 +99,7 @@ fn bin_const(out: &[Op], op: BinOp, ty: Ty, a: Value, c: u64) -> Step {
             op: Op::Bin { op: BinOp::Shl, ty, a, b: Value::NONE },
         },
         BinOp::And => match out[a.index()] {
+            Op::Cmp { .. } | Op::Cond { .. } if c & 1 != 0 => Step::Value(a),
             // The bits above a zero extension are clear.
             Op::Zext { a: x, .. } if c & self::ty(out, x).mask() == self::ty(out, x).mask() => Step::Value(a),
             Op::Bin { op: BinOp::And, a: x, b, .. } => match constant(out, b) {
@@ -134,12 +135,16 @@ fn cmp(out: &[Op], cc: IntCc, ty: Ty, a: Value, b: Value) -> Step {
     match out[a.index()] {
         // A truth value compared with 0.
         Op::Cmp { .. } | Op::Cond { .. } if c == 0 && cc == IntCc::Ne => Step::Value(a),
-        Op::Cmp { cc: inner, ty, a, b } if c == 0 && cc == IntCc::Eq => Step::Op(Op::Cmp { cc: inner.negated(), ty, a, b }),
+        Op::Cmp { cc: inner, ty, a, b } if c == 0 && cc == IntCc::Eq => {
+            Step::Op(Op::Cmp { cc: inner.negated(), ty, a, b })
+        }
         Op::Cond { cc: inner } if c == 0 && cc == IntCc::Eq => cond_negated(out, a, inner),
         Op::Bin { op: BinOp::Sub | BinOp::Xor, a, b, .. } if c == 0 && matches!(cc, IntCc::Eq | IntCc::Ne) => {
             Step::Op(Op::Cmp { cc, ty, a, b })
         }
-        Op::Zext { a: x, .. } if matches!(cc, IntCc::Eq | IntCc::Ne | IntCc::Ult | IntCc::Ule | IntCc::Ugt | IntCc::Uge) => {
+        Op::Zext { a: x, .. }
+            if matches!(cc, IntCc::Eq | IntCc::Ne | IntCc::Ult | IntCc::Ule | IntCc::Ugt | IntCc::Uge) =>
+        {
             let narrow = self::ty(out, x);
             if c <= narrow.mask() {
                 Step::WithConst { ty: narrow, imm: c, op: Op::Cmp { cc, ty: narrow, a: x, b: Value::NONE } }
@@ -154,7 +159,11 @@ fn cmp(out: &[Op], cc: IntCc, ty: Ty, a: Value, b: Value) -> Step {
 /// The negation of the condition at `a`, when the flags have not changed since: it is the last op.
 fn cond_negated(out: &[Op], a: Value, cc: twofold_arch::CondCode) -> Step {
     let since = &out[a.index() + 1..];
-    if since.iter().all(|op| matches!(op, Op::Const { .. })) { Step::Op(Op::Cond { cc: cc.negate() }) } else { Step::Same }
+    if since.iter().all(|op| matches!(op, Op::Const { .. })) {
+        Step::Op(Op::Cond { cc: cc.negate() })
+    } else {
+        Step::Same
+    }
 }
 
 fn select(out: &[Op], ty: Ty, c: Value, a: Value, b: Value) -> Step {
@@ -193,7 +202,9 @@ fn trunc(out: &[Op], to: Ty, a: Value) -> Step {
         Op::Const { imm, .. } => fold(to, imm),
         Op::Trunc { a, .. } => Step::Op(Op::Trunc { to, a }),
         Op::Zext { a: x, .. } | Op::Sext { a: x, .. } if ty(out, x) == to => Step::Value(x),
-        Op::Zext { a: x, .. } | Op::Sext { a: x, .. } if ty(out, x).bytes() > to.bytes() => Step::Op(Op::Trunc { to, a: x }),
+        Op::Zext { a: x, .. } | Op::Sext { a: x, .. } if ty(out, x).bytes() > to.bytes() => {
+            Step::Op(Op::Trunc { to, a: x })
+        }
         Op::Zext { a: x, .. } => Step::Op(Op::Zext { to, a: x }),
         Op::Sext { a: x, .. } => Step::Op(Op::Sext { to, a: x }),
         _ => Step::Same,

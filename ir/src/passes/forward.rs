@@ -7,7 +7,7 @@ use twofold_arch::{CcKind, CcOp, Loc};
 
 use super::known::{Held, Known};
 use super::{Options, cond, fold};
-use crate::block::{Block, Exit};
+use crate::block::{Block, Exit, SideExit};
 use crate::op::{BinOp, Op, Ty, Value};
 
 /// Memory kept from block to block.
@@ -58,8 +58,25 @@ pub(super) fn run(block: &mut Block, options: &Options<'_>, scratch: &mut Scratc
     if let Some(Exit::Indirect { rip, .. }) = &mut block.end {
         *rip = map[rip.index()];
     }
+    let kept = out.iter().filter(|op| matches!(op, Op::ExitIf { .. })).count();
+    if kept != block.exits.len() {
+        drop_unused_exits(out, &mut block.exits);
+    }
     block.ops.clear();
     block.ops.extend_from_slice(out);
+}
+
+/// Renumbers the side exits that are left.
+fn drop_unused_exits(ops: &mut [Op], exits: &mut Vec<SideExit>) {
+    let mut kept = Vec::with_capacity(exits.len());
+    for op in ops {
+        if let Op::ExitIf { exit, .. } = op {
+            let side = exits[*exit as usize];
+            *exit = kept.len() as u16;
+            kept.push(side);
+        }
+    }
+    *exits = kept;
 }
 
 impl Forward<'_> {

@@ -14,12 +14,39 @@ use crate::op::{MemFlags, RmwOp, Ty};
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs)]
 pub enum Event {
-    Load { bytes: u32, flags: MemFlags, addr: u64, state: u64 },
-    Store { bytes: u32, flags: MemFlags, addr: u64, v: u128, state: u64 },
-    Rmw { op: RmwOp, ty: Ty, addr: u64, v: u64, state: u64 },
-    CmpXchg { ty: Ty, addr: u64, expected: u64, new: u64, state: u64 },
+    Load {
+        bytes: u32,
+        flags: MemFlags,
+        addr: u64,
+        state: u64,
+    },
+    Store {
+        bytes: u32,
+        flags: MemFlags,
+        addr: u64,
+        v: u128,
+        state: u64,
+    },
+    Rmw {
+        op: RmwOp,
+        ty: Ty,
+        addr: u64,
+        v: u64,
+        state: u64,
+    },
+    CmpXchg {
+        ty: Ty,
+        addr: u64,
+        expected: u64,
+        new: u64,
+        state: u64,
+    },
     /// Calls of pure helpers are not recorded.
-    Call { helper: Helper, args: [u64; 4], state: u64 },
+    Call {
+        helper: Helper,
+        args: [u64; 4],
+        state: u64,
+    },
 }
 
 /// See the module.
@@ -47,7 +74,15 @@ impl FakeEnv {
         let mut rng = Rng(seed);
         let mut file = Box::new([0; FILE_WORDS]);
         file.iter_mut().for_each(|w| *w = rng.value());
-        let mut env = Self { file, rest: HashMap::new(), memory: HashMap::new(), trace: Vec::new(), fault_at: usize::MAX, exact_flags: false, seed };
+        let mut env = Self {
+            file,
+            rest: HashMap::new(),
+            memory: HashMap::new(),
+            trace: Vec::new(),
+            fault_at: usize::MAX,
+            exact_flags: false,
+            seed,
+        };
         // Some valid kind of flags, most of the time.
         let op = rng.below(14 * 4) as u64;
         env.put(Ty::I32, Loc::CC_OP, op);
