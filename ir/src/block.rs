@@ -8,7 +8,9 @@ use crate::op::{Op, Ty, Value};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[allow(missing_docs)]
 pub enum IndirectKind {
-    Jump, Call, Return,
+    Jump,
+    Call,
+    Return,
 }
 
 /// How control leaves a block. All page offsets are of the linear page the block starts in; RIP is `rip_base + off`.

@@ -55,7 +55,8 @@ impl Builder {
     #[must_use]
     pub fn finish(mut self, end: Exit, last_retires: bool) -> Block {
         self.block.end = Some(end);
-        self.block.retired = (self.block.insns.len() - usize::from(!last_retires && !self.block.insns.is_empty())) as u16;
+        self.block.retired =
+            (self.block.insns.len() - usize::from(!last_retires && !self.block.insns.is_empty())) as u16;
         self.block
     }
     pub fn set_crosses_page(&mut self) {

@@ -191,7 +191,8 @@ helpers! {
     Mwait "mwait" (0) faults;
     /// (set): CLAC or STAC.
     SetAc "set_ac" (1) faults;
-    /// (instruction, operand, operand, next RIP): VMX instructions.
+    /// (instruction word, linear address, register number, next RIP): VMX instructions, see `frontend::vmx::word`.
+    /// VMLAUNCH and VMRESUME set state.rip.
     Vmx "vmx" (4) faults;
     /// RSM: #UD outside SMM.
     Rsm "rsm" (0) faults;

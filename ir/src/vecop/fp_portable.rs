@@ -327,7 +327,11 @@ mod tests {
             }
             for i in 0..2000usize {
                 let edge = |n: usize, r: u128| {
-                    if n.is_multiple_of(3) { u128::from(EDGES[n / 3 % 12]) | u128::from(EDGES[n / 7 % 12]) << 64 } else { r }
+                    if n.is_multiple_of(3) {
+                        u128::from(EDGES[n / 3 % 12]) | u128::from(EDGES[n / 7 % 12]) << 64
+                    } else {
+                        r
+                    }
                 };
                 let (a, b) = (edge(i, next()), edge(i / 5, next()));
                 assert_eq!(eval(op, i as u8, a, b), host::arith(op, i as u8, a, b), "{op:?} {i} {a:x} {b:x}");
