@@ -23,6 +23,7 @@ mod sse;
 mod stack;
 mod string;
 mod system;
+pub mod vmx;
 mod x87;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};

@@ -112,6 +112,7 @@ static FAMILIES: &[&[Row]] = &[
     crate::string::ROWS,
     crate::segments::ROWS,
     crate::system::ROWS,
+    crate::vmx::ROWS,
     crate::x87::ROWS,
     crate::mmx::ROWS,
     crate::mmx::ROWS_MOVES,
