@@ -17,6 +17,7 @@ pub mod segment;
 pub mod state;
 pub mod string_op;
 pub mod tbflags;
+pub mod vmx;
 
 pub use addr::{GuestPhysAddr, LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 pub use exception::{Exception, Vector};
