@@ -82,8 +82,10 @@ pub struct CpuState {
     pub tb_flags: u32,
     /// MXCSR.
     pub mxcsr: u32,
+    /// Host address of the table of execution counts, a u64 a block, for code that was compiled to count.
+    pub exec_counts: u64,
     /// Aligns what follows to 32 bytes.
-    pub align: [u64; 3],
+    pub align: [u64; 2],
     /// Vector scratch for operations that are called out to.
     pub scratch: [[u64; 4]; 4],
     /// YMM0 … YMM15; XMM is the low half.
@@ -272,7 +274,8 @@ impl CpuState {
             vcpu: 0,
             tb_flags: 0,
             mxcsr: 0x1f80,
-            align: [0; 3],
+            exec_counts: 0,
+            align: [0; 2],
             scratch: [[0; 4]; 4],
             vec: [[0; 4]; 16],
             fpr: [[0; 2]; 8],

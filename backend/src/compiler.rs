@@ -11,14 +11,14 @@ use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::{ExternalName, Function};
 use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa, TargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
-use cranelift_codegen::{Context, FinalizedRelocTarget};
+use cranelift_codegen::{Context, Final, FinalizedRelocTarget, MachBufferFinalized};
 use twofold_arch::CodeSize;
 use twofold_ir::Block;
 
+use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
 use crate::lower::{self, Buffers};
 use crate::thunks::Thunk;
-use crate::tidy;
 
 /// How a memory access finds its host address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -82,8 +82,6 @@ pub(crate) struct CompiledSlot {
 pub struct CompiledTb {
     pub(crate) code: Vec<u8>,
     pub(crate) entry: u32,
-    /// Where instructions end and constants begin.
-    pub(crate) insns_end: u32,
     pub(crate) calls: Vec<(u32, Thunk)>,
     pub(crate) slots: Vec<CompiledSlot>,
     /// (offset of a return address, index of its guest instruction), ascending.
@@ -139,7 +137,16 @@ impl Compiler {
     /// # Errors
     /// See [`CompileError`]; the block then stays in the evaluator.
     pub fn compile(&mut self, block: &Block) -> Result<CompiledTb, CompileError> {
-        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(block)));
+        self.compile_counted(block, None)
+    }
+
+    /// Compiles a block; with `counter` its code adds one to that entry of the table at `CpuState::exec_counts` each time
+    /// the block is executed, which costs one to two instructions' time a block.
+    ///
+    /// # Errors
+    /// As [`Compiler::compile`].
+    pub fn compile_counted(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
+        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(block, counter)));
         result.unwrap_or_else(|payload| {
             // What a panic left behind is not to be trusted.
             self.context = Context::new();
@@ -157,67 +164,70 @@ impl Compiler {
     /// As [`Compiler::compile`].
     pub fn clif_text(&mut self, block: &Block) -> Result<String, CompileError> {
         self.context.clear();
-        lower::lower(&mut self.context.func, block, self.options, &mut self.buffers)?;
+        lower::lower(&mut self.context.func, block, &mut self.buffers)?;
         Ok(self.context.func.display().to_string())
     }
 
-    fn compile_inner(&mut self, block: &Block) -> Result<CompiledTb, CompileError> {
+    fn compile_inner(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
+        // Counting goes into `assemble::entry`.
+        let _ = counter;
         self.context.clear();
-        let lowered = lower::lower(&mut self.context.func, block, self.options, &mut self.buffers)?;
+        let lowered = lower::lower(&mut self.context.func, block, &mut self.buffers)?;
         if self.options.verify {
             verify(&self.context.func, &*self.isa)?;
         }
         let compiled = self.context.compile(&*self.isa, &mut self.control);
         compiled.map_err(|e| CompileError::Codegen(format!("{:?}", e.inner)))?;
         let buffer = &self.context.compiled_code().ok_or(CompileError::Malformed)?.buffer;
-        if buffer.data().len() + lowered.slots.len() * 32 > MAX_TB_BYTES {
+        if buffer.data().len() > MAX_TB_BYTES / 4 {
             return Err(CompileError::TooLarge);
         }
-
-        // Constants, if any, follow the last exit; every block ends with one.
-        let insns_end = buffer.relocs().iter().map(|r| r.offset + 4).max();
-        let mut tb = CompiledTb {
-            code: buffer.data().to_vec(),
-            entry: 0,
-            insns_end: insns_end.unwrap_or(buffer.data().len() as u32),
-            calls: Vec::new(),
-            slots: lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off }).collect(),
-            returns: Vec::new(),
-            charged: block.retired,
-            size: block.flags.size(),
-        };
-        let names = self.context.func.params.user_named_funcs();
-        for reloc in buffer.relocs() {
-            let FinalizedRelocTarget::ExternalName(ExternalName::User(name)) = reloc.target else {
-                return Err(CompileError::Codegen(format!("relocation {:?}", reloc.kind)));
-            };
-            if reloc.kind != Reloc::X86CallPCRel4 || reloc.addend != -4 {
-                return Err(CompileError::Codegen(format!("relocation {:?}", reloc.kind)));
-            }
-            let name = &names[name];
-            match name.namespace {
-                lower::NAME_THUNK => tb.calls.push((reloc.offset, Thunk::from_index(name.index as usize))),
-                _ => tb.slots[name.index as usize].at = reloc.offset,
-            }
-        }
-        let locations = buffer.get_srclocs_sorted();
-        for site in buffer.call_sites() {
-            let last = site.ret_addr - 1;
-            let i = locations.partition_point(|l| l.end <= last);
-            if let Some(l) = locations.get(i).filter(|l| l.start <= last && !l.loc.is_default()) {
-                tb.returns.push((site.ret_addr, l.loc.bits() as u16));
-            }
-        }
-        tb.returns.sort_unstable();
-        let branches: Vec<(u32, u32)> = locations
-            .iter()
-            .filter(|l| !l.loc.is_default() && l.loc.bits() >> lower::SLOT_SHIFT != 0)
-            .map(|l| ((l.loc.bits() >> lower::SLOT_SHIFT) - 1, l.end))
-            .collect();
-        tidy::remove_frame(&mut tb);
-        tidy::branches_to_slots(&mut tb, &branches);
-        Ok(tb)
+        let emitted = emitted(&self.context.func, buffer, lowered.exits.len())?;
+        let tb = assemble(&emitted, &lowered, block, self.options.probe)?;
+        if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
     }
+}
+
+/// Takes out of Cranelift's buffer what `assemble` needs.
+fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -> Result<Emitted, CompileError> {
+    let names = func.params.user_named_funcs();
+    let locations = buffer.get_srclocs_sorted();
+    let mut e = Emitted { code: buffer.data().to_vec(), ..Emitted::default() };
+    for reloc in buffer.relocs() {
+        let unexpected = || CompileError::Codegen(format!("relocation {:?}", reloc.kind));
+        let FinalizedRelocTarget::ExternalName(ExternalName::User(name)) = reloc.target else {
+            return Err(unexpected());
+        };
+        if reloc.kind != Reloc::X86CallPCRel4 || reloc.addend != -4 {
+            return Err(unexpected());
+        }
+        let name = &names[name];
+        let target = match name.namespace {
+            lower::NAME_THUNK => Target::Thunk(Thunk::from_index(name.index as usize)),
+            lower::NAME_SLOT => Target::Slot(name.index),
+            _ => Target::Probe(name.index),
+        };
+        let i = locations.partition_point(|l| l.end <= reloc.offset);
+        let insn = locations.get(i).filter(|l| l.start <= reloc.offset && !l.loc.is_default());
+        e.relocs.push((reloc.offset, target, insn.map_or(0, |l| l.loc.bits() as u16)));
+    }
+    e.relocs.sort_unstable_by_key(|r| r.0);
+    for l in locations.iter().filter(|l| !l.loc.is_default()) {
+        let Some(index) = (l.loc.bits() >> lower::EXIT_SHIFT).checked_sub(1) else { continue };
+        match e.exits.iter_mut().find(|x| x.2 == index) {
+            Some(x) => x.1 = l.end,
+            None => e.exits.push((l.start, l.end, index)),
+        }
+    }
+    e.exits.sort_unstable();
+    e.traps = vec![u32::MAX; exits];
+    for trap in buffer.traps() {
+        let index = usize::from(trap.code.as_raw().get()) - 1;
+        if let Some(t) = e.traps.get_mut(index) {
+            *t = trap.offset;
+        }
+    }
+    if e.exits.len() != exits { Err(CompileError::Codegen("a side exit is gone".into())) } else { Ok(e) }
 }
 
 /// Checks the function as Cranelift wants it, but for the results that our called thunks have: its own functions of that
@@ -237,7 +247,7 @@ fn host_isa() -> Option<OwnedTargetIsa> {
     for (name, value) in [
         ("opt_level", "none"),
         ("regalloc_algorithm", "backtracking"),
-        // Tail calls need them on x86-64; see `tidy` for what becomes of them.
+        // Tail calls need them on x86-64; see `assemble` for what becomes of them.
         ("preserve_frame_pointers", "true"),
         ("unwind_info", "false"),
         ("enable_verifier", "false"),

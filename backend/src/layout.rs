@@ -61,6 +61,7 @@ pub const TB_FLAGS: usize = offset_of!(CpuState, tb_flags);
 pub const HOST_SP: usize = offset_of!(CpuState, host_sp);
 pub const HOST_RET: usize = offset_of!(CpuState, host_ret);
 pub const MEM_RESULT: usize = offset_of!(CpuState, mem_result);
+pub const EXEC_COUNTS: usize = offset_of!(CpuState, exec_counts);
 pub const HELPERS: usize = offset_of!(CpuState, helpers);
 pub const FAULT_PENDING: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, pending);
 pub const FAULT_VECTOR: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, vector);

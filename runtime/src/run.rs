@@ -199,6 +199,9 @@ impl Machine {
         let jit = exec::Jit::new(config.tier, twofold_backend::Options::default());
         let mut vcpu = Vcpu::new(0, self.shared, self.model, mmu, jit);
         vcpu.profile.on = config.stats.is_some();
+        if config.stats.is_some() {
+            vcpu.jit.counts.turn_on();
+        }
         vcpu.waker = self.waker;
         vcpu.debug = config.debug;
         vcpu.trace = trace;

@@ -4,7 +4,6 @@ use serde_json::{Map, Value, json};
 use twofold_mmu::{FlushCause, PagingMode};
 
 use crate::exec::counters::Phase;
-use crate::exec::tb::TierState;
 use crate::run::Ending;
 use crate::vcpu::Vcpu;
 
@@ -120,15 +119,15 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
 
 /// The hottest blocks, by guest instructions executed.
 fn hot(vcpu: &Vcpu, symbol: impl Fn(u64) -> Option<String>) -> Value {
-    let mut blocks: Vec<_> = vcpu.jit.tbs.iter().map(|(_, tb)| (vcpu.jit.executions(tb), tb)).collect();
-    blocks.sort_by_key(|(n, tb)| std::cmp::Reverse(n * u64::from(tb.insns)));
-    let rows = blocks.iter().take(HOT).map(|(n, tb)| {
+    let mut blocks = vcpu.jit.executions();
+    blocks.sort_by_key(|b| (std::cmp::Reverse(b.instructions()), b.rip));
+    let rows = blocks.iter().take(HOT).map(|b| {
         json!({
-            "address": format!("{:#x}", tb.rip),
-            "symbol": symbol(tb.rip),
-            "executions": n,
-            "instructions": tb.insns,
-            "tier": if tb.tier == TierState::Compiled { "quick" } else { "eval" },
+            "address": format!("{:#x}", b.rip),
+            "symbol": symbol(b.rip),
+            "executions": b.times,
+            "instructions": b.insns,
+            "tier": if b.compiled { "quick" } else { "eval" },
         })
     });
     Value::Array(rows.collect())

@@ -30,6 +30,8 @@ struct Job {
     insns: usize,
     bytes: Vec<u8>,
     features: Features,
+    /// The entry of the table of execution counts that its code adds to.
+    counter: Option<u32>,
     /// `-d clif,out_asm`: the texts that are wanted.
     texts: DebugItems,
 }
@@ -153,7 +155,7 @@ fn worker(mut compiler: Compiler, todo: &Inbox, out: &Sender<Done>, ready: &Atom
                 if job.texts.has(DebugItem::Clif) {
                     text += &compiler.clif_text(&block).unwrap_or_else(|e| format!("{e}\n"));
                 }
-                compiler.compile(&block)
+                compiler.compile_counted(&block, job.counter)
             }
             None => Err(CompileError::Malformed),
         };
@@ -218,6 +220,7 @@ pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
         insns: tb.insns as usize,
         bytes,
         features,
+        counter: vcpu.jit.counts.counter(id),
         texts: vcpu.debug,
     };
     if let Some(queue) = &vcpu.jit.queue {
@@ -297,7 +300,7 @@ fn evict(vcpu: &mut Vcpu) {
             continue;
         }
         tb.tier = TierState::Cold;
-        tb.runs = 0;
+        vcpu.jit.counts.keep(TbId(number), std::mem::take(&mut tb.runs));
         tb.cached_rips.clear();
         let incoming = std::mem::take(&mut tb.incoming);
         vcpu.counters.evicted_tbs += 1;

@@ -6,6 +6,7 @@ use twofold_backend::{CodeMemory, HelperTable, Options};
 use twofold_ir::passes::Passes;
 
 use super::compile::CompileQueue;
+use super::counts::{ExecCounts, Executions};
 use super::tb::{TbId, TbStore};
 use crate::config::Tier;
 
@@ -51,6 +52,8 @@ pub struct Jit {
     pub fill_jump_cache: bool,
     /// Serial number of the last block made.
     pub serial: u64,
+    /// How often blocks ran.
+    pub counts: ExecCounts,
 }
 
 impl Jit {
@@ -75,6 +78,7 @@ impl Jit {
             link_from: None,
             fill_jump_cache: false,
             serial: 0,
+            counts: ExecCounts::default(),
         }
     }
 
@@ -94,10 +98,11 @@ impl Jit {
         Some((id, insn, code.unretired(insn)))
     }
 
-    /// Times a block was entered, as far as that is counted: by the evaluator.
+    /// What every block did, dead ones included: by the evaluator, and by host code if that is counted.
     #[must_use]
-    pub fn executions(&self, tb: &super::tb::Tb) -> u64 {
-        u64::from(tb.runs)
+    pub fn executions(&self) -> Vec<Executions> {
+        let live = self.tbs.iter().map(|(id, tb)| self.counts.executions(id, tb));
+        live.chain(self.counts.gone()).collect()
     }
 
     /// Makes slot `slot` of block `from` lead straight to block `to`.

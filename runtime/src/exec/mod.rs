@@ -6,6 +6,7 @@
 
 pub mod compile;
 pub mod counters;
+pub mod counts;
 pub mod dispatch;
 pub mod env;
 pub mod jit;

@@ -175,6 +175,7 @@ pub fn drop_blocks(vcpu: &mut Vcpu, ids: &[TbId]) {
         if let Some(page) = second {
             vcpu.mmu.code().remove(page, len - first);
         }
+        vcpu.jit.counts.end(id, vcpu.jit.tbs.get(id));
         let removed = vcpu.jit.tbs.remove(id);
         vcpu.jit.unlink(&removed.incoming);
         for rip in removed.cached_rips {

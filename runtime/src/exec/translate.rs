@@ -96,7 +96,9 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         incoming: Vec::new(),
         cached_rips: Vec::new(),
     };
-    vcpu.jit.tbs.insert(tb)
+    let id = vcpu.jit.tbs.insert(tb);
+    vcpu.jit.counts.begin(id, &mut vcpu.state);
+    id
 }
 
 /// `-d in_asm,ir,ir_opt`.
