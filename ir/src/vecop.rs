@@ -166,6 +166,12 @@ vec_ops! {
         PsrlqImm "psrlq_imm" "v" "_" "_" "v";
         PsrawImm "psraw_imm" "v" "_" "_" "v";
         PsradImm "psrad_imm" "v" "_" "_" "v";
+        /// The same with a count for each lane.
+        Psllvd "psllvd" "v" "v" "_" "v";
+        Psllvq "psllvq" "v" "v" "_" "v";
+        Psrlvd "psrlvd" "v" "v" "_" "v";
+        Psrlvq "psrlvq" "v" "v" "_" "v";
+        Psravd "psravd" "v" "v" "_" "v";
         /// Shifts of the whole register by `imm` bytes.
         Pslldq "pslldq" "v" "_" "_" "v";
         Psrldq "psrldq" "v" "_" "_" "v";
@@ -236,6 +242,11 @@ vec_ops! {
         Pmovzxwd "pmovzxwd" "v" "_" "_" "v";
         Pmovzxwq "pmovzxwq" "v" "_" "_" "v";
         Pmovzxdq "pmovzxdq" "v" "_" "_" "v";
+        /// Lanes of `a` chosen by the lanes of `b`: their bits 1:0, or bit 1.
+        Permilps "permilps" "v" "v" "_" "v";
+        Permilpd "permilpd" "v" "v" "_" "v";
+        /// Four of the eight lanes of `a` (0 to 3) and `b` (4 to 7), chosen by bits 2:0 of `c`'s lanes: half of VPERMD.
+        Permd "permd" "v" "v" "v" "v";
     }
     Fp true {
         Addps "addps" "v" "v" "_" "v";
@@ -267,7 +278,7 @@ vec_ops! {
         /// The root of `b`'s low lane, the rest from `a`.
         Sqrtss "sqrtss" "v" "v" "_" "v";
         Sqrtsd "sqrtsd" "v" "v" "_" "v";
-        /// Comparison predicate in `imm[2:0]`.
+        /// Comparison predicate in `imm[4:0]`.
         Cmpps "cmpps" "v" "v" "_" "v";
         Cmppd "cmppd" "v" "v" "_" "v";
         Cmpss "cmpss" "v" "v" "_" "v";
@@ -315,6 +326,32 @@ vec_ops! {
         Cvtsd2si64 "cvtsd2si64" "v" "_" "_" "q";
         Cvttsd2si32 "cvttsd2si32" "v" "_" "_" "q";
         Cvttsd2si64 "cvttsd2si64" "v" "_" "_" "q";
+        /// `a * b + c` (Fnm: `-(a * b) + c`; ..sub: `- c`), rounded once. Of several NaNs the first in the order a, b, c.
+        Fmaddps "fmaddps" "v" "v" "v" "v";
+        Fmaddpd "fmaddpd" "v" "v" "v" "v";
+        Fmaddss "fmaddss" "v" "v" "v" "v";
+        Fmaddsd "fmaddsd" "v" "v" "v" "v";
+        Fmsubps "fmsubps" "v" "v" "v" "v";
+        Fmsubpd "fmsubpd" "v" "v" "v" "v";
+        Fmsubss "fmsubss" "v" "v" "v" "v";
+        Fmsubsd "fmsubsd" "v" "v" "v" "v";
+        Fnmaddps "fnmaddps" "v" "v" "v" "v";
+        Fnmaddpd "fnmaddpd" "v" "v" "v" "v";
+        Fnmaddss "fnmaddss" "v" "v" "v" "v";
+        Fnmaddsd "fnmaddsd" "v" "v" "v" "v";
+        Fnmsubps "fnmsubps" "v" "v" "v" "v";
+        Fnmsubpd "fnmsubpd" "v" "v" "v" "v";
+        Fnmsubss "fnmsubss" "v" "v" "v" "v";
+        Fnmsubsd "fnmsubsd" "v" "v" "v" "v";
+        /// Subtracts in the even lanes and adds in the odd ones, or the other way round.
+        Fmaddsubps "fmaddsubps" "v" "v" "v" "v";
+        Fmaddsubpd "fmaddsubpd" "v" "v" "v" "v";
+        Fmsubaddps "fmsubaddps" "v" "v" "v" "v";
+        Fmsubaddpd "fmsubaddpd" "v" "v" "v" "v";
+        /// From four half-precision numbers in the low 64 bits.
+        Cvtph2ps "cvtph2ps" "v" "_" "_" "v";
+        /// Rounding in `imm[1:0]`, or MXCSR's with `imm[2]`; results in the low 64 bits, zeroes above.
+        Cvtps2ph "cvtps2ph" "v" "_" "_" "v";
     }
     Fp false {
         /// Exact; from the low 64 bits.
@@ -344,6 +381,10 @@ vec_ops! {
         Aesimc "aesimc" "v" "_" "_" "v";
         Aeskeygenassist "aeskeygenassist" "v" "_" "_" "v";
         Pclmulqdq "pclmulqdq" "v" "v" "_" "v";
+        Gf2p8mulb "gf2p8mulb" "v" "v" "_" "v";
+        /// The bytes of `a` (or their inverses) times the 8x8 bit matrix in the quadword of `b`, plus `imm`.
+        Gf2p8affineqb "gf2p8affineqb" "v" "v" "_" "v";
+        Gf2p8affineinvqb "gf2p8affineinvqb" "v" "v" "_" "v";
         Sha1rnds4 "sha1rnds4" "v" "v" "_" "v";
         Sha1nexte "sha1nexte" "v" "v" "_" "v";
         Sha1msg1 "sha1msg1" "v" "v" "_" "v";
@@ -384,7 +425,7 @@ pub fn eval(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> u128 {
     match VecOp::TABLE[op as usize].2 {
         Group::Int => int::eval(op, imm, a, b),
         Group::Shuffle => shuffle::eval(op, imm, a, b, c),
-        Group::Fp => fp::eval(op, imm, a, b),
+        Group::Fp => fp::eval(op, imm, a, b, c),
         Group::String => string::eval(op, imm, a, b, c),
         Group::Crypto => crypto::eval(op, imm, a, b, c),
     }

@@ -1,7 +1,7 @@
-//! AES, carry-less multiplication and SHA, on the host's instructions where it has them.
+//! AES, carry-less multiplication, arithmetic in GF(2^8) and SHA, on the host's instructions where it has them.
 
 use crate::vecop::VecOp;
-use crate::vecop::lanes::{Lane, make};
+use crate::vecop::lanes::{Lane, make, zip};
 
 pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> u128 {
     #[cfg(target_arch = "x86_64")]
@@ -29,6 +29,9 @@ fn portable(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> u128 {
             let (x, y) = (half(a, 1), half(b, 0x10));
             (0..64).filter(|i| y >> i & 1 != 0).fold(0, |r, i| r ^ x << i)
         }
+        Gf2p8mulb => zip(a, b, gmul),
+        Gf2p8affineqb => affine(a, b, imm, |x| x),
+        Gf2p8affineinvqb => affine(a, b, imm, inverse),
         _ => sha(op, imm, a, b, c),
     }
 }
@@ -48,6 +51,25 @@ const fn gmul(mut x: u8, mut y: u8) -> u8 {
         y >>= 1;
     }
     r
+}
+
+/// The inverse in GF(2^8), 0 for 0: the 254th power.
+fn inverse(x: u8) -> u8 {
+    let mut r = 1;
+    for _ in 0..254 {
+        r = gmul(r, x);
+    }
+    r
+}
+
+/// Each byte's `f` times the bit matrix in the same quadword of `matrix`, whose byte 7 makes bit 0, plus `imm`.
+fn affine(a: u128, matrix: u128, imm: u8, f: impl Fn(u8) -> u8) -> u128 {
+    let (x, m) = (u8::split(a), u8::split(matrix));
+    make(|i| {
+        let v = f(x[i]);
+        let row = |bit: usize| m[i / 8 * 8 + 7 - bit] & v;
+        (0..8).fold(imm, |r, bit| r ^ ((row(bit).count_ones() as u8 & 1) << bit))
+    })
 }
 
 /// FIPS 197's S-box: the inverse in GF(2^8), then an affine map.

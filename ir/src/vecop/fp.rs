@@ -3,12 +3,12 @@
 use crate::vecop::{VecOp, fp_portable};
 
 /// Computes a floating-point op under the ambient MXCSR.
-pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
+pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> u128 {
     #[cfg(target_arch = "x86_64")]
-    if crate::vecop::host::has_fp() {
-        return crate::vecop::host::arith(op, imm, a, b);
+    if let Some(r) = crate::vecop::host::fp(op, imm, a, b, c) {
+        return r;
     }
-    fp_portable::eval(op, imm, a, b)
+    fp_portable::eval(op, imm, a, b, c)
 }
 
 /// The host's MXCSR; the reset value on hosts without one.

@@ -1,8 +1,8 @@
 //! Vector ops that an x86-64 host computes with its own instruction, and access to the host's MXCSR.
 //!
 //! Inline assembly and not intrinsics: the compiler must neither fold nor reorder these, since they read the rounding
-//! mode from MXCSR and leave sticky flags there. Floating-point ops need SSE4.1 ([`has_fp`]); AES, PCLMULQDQ and SHA
-//! each their feature.
+//! mode from MXCSR and leave sticky flags there. Floating-point ops need SSE4.1 ([`has_fp`]); FMA, half precision,
+//! the comparisons of VEX, AES, PCLMULQDQ, GFNI and SHA each their feature.
 #![allow(unsafe_code)] // Inline assembly is the only way to run an instruction under the ambient MXCSR.
 
 use core::arch::asm;
@@ -37,7 +37,7 @@ pub(super) fn set_mxcsr(v: u32) {
 }
 
 /// Whether the host has every floating-point instruction used here.
-pub(super) fn has_fp() -> bool {
+fn has_fp() -> bool {
     is_x86_feature_detected!("sse4.1")
 }
 
@@ -47,6 +47,19 @@ macro_rules! two {
         let mut r = to_host($a);
         // SAFETY: a register-only instruction; exceptions are masked.
         unsafe { asm!(concat!($ins, " {0}, {1}"), inout(xmm_reg) r, in(xmm_reg) to_host($b), options(nomem, nostack, preserves_flags)) };
+        from_host(r)
+    }};
+}
+
+/// `ins a, c, b`: destination `a`, VEX-encoded.
+macro_rules! three {
+    ($ins:literal, $a:expr, $b:expr, $c:expr) => {{
+        let mut r = to_host($a);
+        // SAFETY: a register-only instruction that the caller has asked the host for; exceptions are masked.
+        unsafe {
+            asm!(concat!($ins, " {0}, {1}, {2}"), inout(xmm_reg) r, in(xmm_reg) to_host($c), in(xmm_reg) to_host($b),
+                options(nomem, nostack, preserves_flags));
+        }
         from_host(r)
     }};
 }
@@ -116,6 +129,26 @@ with_imm!(roundsd "roundsd");
 with_imm!(dpps "dpps");
 with_imm!(dppd "dppd");
 with_imm!(sha1rnds4 "sha1rnds4");
+with_imm!(cvtps2ph "vcvtps2ph");
+
+/// `ins r, a, b, imm`, VEX-encoded.
+macro_rules! with_imm_vex {
+    ($name:ident $ins:literal) => {
+        fn $name<const IMM: i32>(a: u128, b: u128) -> u128 {
+            let r: __m128i;
+            // SAFETY: a register-only instruction that the caller has asked the host for; exceptions are masked.
+            unsafe {
+                asm!(concat!($ins, " {0}, {1}, {2}, {3}"), out(xmm_reg) r, in(xmm_reg) to_host(a), in(xmm_reg) to_host(b),
+                    const IMM, options(nomem, nostack, preserves_flags));
+            }
+            from_host(r)
+        }
+    };
+}
+with_imm_vex!(vcmpps "vcmpps");
+with_imm_vex!(vcmppd "vcmppd");
+with_imm_vex!(vcmpss "vcmpss");
+with_imm_vex!(vcmpsd "vcmpsd");
 
 /// Calls `f::<imm>(a, b)` for the sixteen immediates from `16 * high`.
 macro_rules! imm16 {
@@ -177,8 +210,71 @@ macro_rules! imm8 {
     };
 }
 
+/// A floating-point op, where the host has its instruction.
+pub(super) fn fp(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> Option<u128> {
+    use VecOp::*;
+    match op {
+        Cvtph2ps | Cvtps2ph => is_x86_feature_detected!("f16c").then(|| half_precision(op, imm, a)),
+        Cmpps | Cmppd | Cmpss | Cmpsd if imm & 0x18 != 0 => {
+            is_x86_feature_detected!("avx").then(|| compare(op, imm, a, b))
+        }
+        _ if op as u16 >= Fmaddps as u16 && op as u16 <= Fmsubaddpd as u16 => {
+            is_x86_feature_detected!("fma").then(|| fma(op, a, b, c))
+        }
+        _ => has_fp().then(|| arith(op, imm, a, b)),
+    }
+}
+
+fn half_precision(op: VecOp, imm: u8, a: u128) -> u128 {
+    match op {
+        VecOp::Cvtph2ps => one!("vcvtph2ps", a),
+        _ => imm8!(cvtps2ph, imm, a, a),
+    }
+}
+
+/// Comparisons by the predicates that only VEX encodings have.
+fn compare(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
+    match (op, imm & 0x10 != 0) {
+        (VecOp::Cmpps, false) => imm16!(vcmpps, 0, imm, a, b),
+        (VecOp::Cmpps, true) => imm16!(vcmpps, 1, imm, a, b),
+        (VecOp::Cmppd, false) => imm16!(vcmppd, 0, imm, a, b),
+        (VecOp::Cmppd, true) => imm16!(vcmppd, 1, imm, a, b),
+        (VecOp::Cmpss, false) => imm16!(vcmpss, 0, imm, a, b),
+        (VecOp::Cmpss, true) => imm16!(vcmpss, 1, imm, a, b),
+        (_, false) => imm16!(vcmpsd, 0, imm, a, b),
+        (_, true) => imm16!(vcmpsd, 1, imm, a, b),
+    }
+}
+
+/// Fused multiplication and addition: the 132 forms, whose destination is `a`.
+fn fma(op: VecOp, a: u128, b: u128, c: u128) -> u128 {
+    use VecOp::*;
+    match op {
+        Fmaddps => three!("vfmadd132ps", a, b, c),
+        Fmaddpd => three!("vfmadd132pd", a, b, c),
+        Fmaddss => three!("vfmadd132ss", a, b, c),
+        Fmaddsd => three!("vfmadd132sd", a, b, c),
+        Fmsubps => three!("vfmsub132ps", a, b, c),
+        Fmsubpd => three!("vfmsub132pd", a, b, c),
+        Fmsubss => three!("vfmsub132ss", a, b, c),
+        Fmsubsd => three!("vfmsub132sd", a, b, c),
+        Fnmaddps => three!("vfnmadd132ps", a, b, c),
+        Fnmaddpd => three!("vfnmadd132pd", a, b, c),
+        Fnmaddss => three!("vfnmadd132ss", a, b, c),
+        Fnmaddsd => three!("vfnmadd132sd", a, b, c),
+        Fnmsubps => three!("vfnmsub132ps", a, b, c),
+        Fnmsubpd => three!("vfnmsub132pd", a, b, c),
+        Fnmsubss => three!("vfnmsub132ss", a, b, c),
+        Fnmsubsd => three!("vfnmsub132sd", a, b, c),
+        Fmaddsubps => three!("vfmaddsub132ps", a, b, c),
+        Fmaddsubpd => three!("vfmaddsub132pd", a, b, c),
+        Fmsubaddps => three!("vfmsubadd132ps", a, b, c),
+        _ => three!("vfmsubadd132pd", a, b, c),
+    }
+}
+
 /// Floating-point ops of two operands.
-pub(super) fn arith(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
+fn arith(op: VecOp, imm: u8, a: u128, b: u128) -> u128 {
     use VecOp::*;
     match op {
         Addps => two!("addps", a, b),
@@ -266,12 +362,27 @@ fn convert(op: VecOp, a: u128, b: u128) -> u128 {
     }
 }
 
+/// `ins a, b, 0`.
+macro_rules! affine {
+    ($ins:literal, $a:expr, $b:expr) => {{
+        let mut r = to_host($a);
+        // SAFETY: a register-only instruction that does not fault.
+        unsafe { asm!(concat!($ins, " {0}, {1}, 0"), inout(xmm_reg) r, in(xmm_reg) to_host($b), options(nomem, nostack, preserves_flags)) };
+        from_host(r)
+    }};
+}
+
+fn splat(byte: u8) -> u128 {
+    u128::from_le_bytes([byte; 16])
+}
+
 /// Cryptographic ops, where the host has the instruction.
 pub(super) fn crypto(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> Option<u128> {
     use VecOp::*;
     let there = match op {
         Aesenc | Aesenclast | Aesdec | Aesdeclast | Aesimc | Aeskeygenassist => is_x86_feature_detected!("aes"),
         Pclmulqdq => is_x86_feature_detected!("pclmulqdq"),
+        Gf2p8mulb | Gf2p8affineqb | Gf2p8affineinvqb => is_x86_feature_detected!("gfni"),
         _ => is_x86_feature_detected!("sha"),
     };
     there.then(|| match op {
@@ -296,6 +407,9 @@ pub(super) fn crypto(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> Option<u1
             }
             from_host(r)
         }
+        Gf2p8mulb => two!("gf2p8mulb", a, b),
+        Gf2p8affineqb => affine!("gf2p8affineqb", a, b) ^ splat(imm),
+        Gf2p8affineinvqb => affine!("gf2p8affineinvqb", a, b) ^ splat(imm),
         Sha1rnds4 => match imm & 3 {
             0 => sha1rnds4::<0>(a, b),
             1 => sha1rnds4::<1>(a, b),

@@ -81,6 +81,18 @@ pub(super) fn eval(op: VecOp, imm: u8, a: u128, b: u128, c: u128) -> u128 {
         Pmovzxwd => widen(a, |x: u16| u32::from(x)),
         Pmovzxwq => widen(a, |x: u16| u64::from(x)),
         Pmovzxdq => widen(a, |x: u32| u64::from(x)),
+        Permilps => {
+            let x = u32::split(a);
+            zip(0, b, |_, i: u32| x[i as usize & 3])
+        }
+        Permilpd => {
+            let x = u64::split(a);
+            zip(0, b, |_, i: u64| x[i as usize >> 1 & 1])
+        }
+        Permd => {
+            let (x, y) = (u32::split(a), u32::split(b));
+            zip(0, c, |_, i: u32| if i & 4 == 0 { x[i as usize & 3] } else { y[i as usize & 3] })
+        }
         _ => unreachable!("{op:?} is not a shuffle"),
     }
 }
