@@ -99,6 +99,11 @@ impl MemInfo {
     pub const fn bytes(self) -> u32 {
         1 << (self.0 & 7)
     }
+    /// log2 of the size in bytes.
+    #[must_use]
+    pub const fn log2_bytes(self) -> u8 {
+        self.0 as u8 & 7
+    }
     /// What the access does.
     #[must_use]
     pub const fn kind(self) -> AccessKind {

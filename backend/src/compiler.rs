@@ -169,8 +169,6 @@ impl Compiler {
     }
 
     fn compile_inner(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
-        // Counting goes into `assemble::entry`.
-        let _ = counter;
         self.context.clear();
         let lowered = lower::lower(&mut self.context.func, block, &mut self.buffers)?;
         if self.options.verify {
@@ -183,7 +181,7 @@ impl Compiler {
             return Err(CompileError::TooLarge);
         }
         let emitted = emitted(&self.context.func, buffer, lowered.exits.len())?;
-        let tb = assemble(&emitted, &lowered, block, self.options.probe)?;
+        let tb = assemble(&emitted, &lowered, block, self.options.probe, counter)?;
         if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
     }
 }
@@ -212,14 +210,6 @@ fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -
         e.relocs.push((reloc.offset, target, insn.map_or(0, |l| l.loc.bits() as u16)));
     }
     e.relocs.sort_unstable_by_key(|r| r.0);
-    for l in locations.iter().filter(|l| !l.loc.is_default()) {
-        let Some(index) = (l.loc.bits() >> lower::EXIT_SHIFT).checked_sub(1) else { continue };
-        match e.exits.iter_mut().find(|x| x.2 == index) {
-            Some(x) => x.1 = l.end,
-            None => e.exits.push((l.start, l.end, index)),
-        }
-    }
-    e.exits.sort_unstable();
     e.traps = vec![u32::MAX; exits];
     for trap in buffer.traps() {
         let index = usize::from(trap.code.as_raw().get()) - 1;
@@ -227,6 +217,18 @@ fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -
             *t = trap.offset;
         }
     }
+    for l in locations.iter().filter(|l| !l.loc.is_default()) {
+        let Some(index) = (l.loc.bits() >> lower::EXIT_SHIFT).checked_sub(1) else { continue };
+        // The trap instruction itself has the location too.
+        if e.traps.get(index as usize).is_none_or(|&t| l.start >= t) {
+            continue;
+        }
+        match e.exits.iter_mut().find(|x| x.2 == index) {
+            Some(x) => x.1 = l.end,
+            None => e.exits.push((l.start, l.end, index)),
+        }
+    }
+    e.exits.sort_unstable();
     if e.exits.len() != exits { Err(CompileError::Codegen("a side exit is gone".into())) } else { Ok(e) }
 }
 
@@ -249,6 +251,8 @@ fn host_isa() -> Option<OwnedTargetIsa> {
         ("regalloc_algorithm", "backtracking"),
         // Tail calls need them on x86-64; see `assemble` for what becomes of them.
         ("preserve_frame_pointers", "true"),
+        // A third result register, which is a third register that a probe may change.
+        ("enable_llvm_abi_extensions", "true"),
         ("unwind_info", "false"),
         ("enable_verifier", "false"),
         ("enable_probestack", "false"),

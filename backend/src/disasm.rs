@@ -40,7 +40,7 @@ pub fn disassemble(_code: &[u8], _base: u64, _symbol: impl Fn(u64) -> Option<Str
 }
 
 impl CompiledTb {
-    /// The code as text, from its entry to its last instruction, with the thunks and slots it goes to by name.
+    /// The code as text, from its entry on (constants, which few blocks have, look like instructions), with the thunks and slots it goes to by name.
     #[must_use]
     pub fn listing(&self) -> String {
         let name = |at: u64| {
@@ -49,7 +49,7 @@ impl CompiledTb {
             call.or_else(|| slot.map(|i| format!("slot {i} to {:#x}", self.slots[i].off)))
         };
         let entry = self.entry as usize;
-        let text = disassemble(&self.code[entry..self.insns_end as usize], u64::from(self.entry), name);
+        let text = disassemble(&self.code[entry..], u64::from(self.entry), name);
         // Padding after a jump that was moved over the epilogue is never reached.
         text.lines().filter(|l| !l.ends_with("int3")).flat_map(|l| [l, "\n"]).collect()
     }

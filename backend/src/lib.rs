@@ -9,6 +9,7 @@
 //! On hosts other than x86-64 the crate compiles and [`available`] says no: everything runs in the evaluator.
 
 mod abi;
+mod assemble;
 mod code;
 mod compiler;
 mod disasm;
@@ -20,7 +21,6 @@ mod thunks;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "thunks_none.rs"]
 mod thunks;
-mod tidy;
 
 pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};

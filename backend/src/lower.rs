@@ -1,8 +1,9 @@
 //! IR to CLIF: one function a block, one file an op family.
 //!
 //! Place in the pipeline: called by `compiler` for a block that the passes have simplified. The function's one parameter is
-//! the state; every way out of it is a tail call, of a thunk or of a direct exit (a slot), so that control never returns
-//! to it. Guest state is written through at each `Put`; values live in registers between. What is called in between
+//! the state; the terminal is a tail call, of a thunk or of a direct exit (a slot). Guest memory is accessed by a call, and a
+//! side exit is a trap; `assemble` puts the real thing in the place of both. So nearly every block is one basic block, which
+//! is what keeps compilation quick. Guest state is written through at each `Put`; values live in registers between. What is called in between
 //! (thunks) keeps every register, see `thunks`.
 //!
 //! Invariants: the source location of an instruction is the index of its guest instruction; that is where return
@@ -13,6 +14,8 @@ mod int;
 mod mem;
 mod vec;
 
+pub(crate) use exit::raise_word;
+
 use cranelift_codegen::cursor::{Cursor, FuncCursor};
 use cranelift_codegen::ir::immediates::{Imm64, Offset32};
 use cranelift_codegen::ir::{
@@ -21,9 +24,10 @@ use cranelift_codegen::ir::{
 };
 use cranelift_codegen::isa::CallConv;
 use twofold_arch::CodeSize;
-use twofold_ir::{Block, Exit, Op, Ty, Value};
+use twofold_ir::{Block, Op, SideExit, Ty, Value};
 
-use crate::compiler::{CompileError, Options};
+use crate::abi::MemInfo;
+use crate::compiler::CompileError;
 use crate::layout;
 use crate::thunks::Thunk;
 
@@ -31,10 +35,14 @@ use crate::thunks::Thunk;
 pub(crate) const NAME_THUNK: u32 = 0;
 /// Name space of external functions that are direct exits; the index counts them.
 pub(crate) const NAME_SLOT: u32 = 1;
+/// Name space of external functions that are guest memory accesses; the index counts them.
+pub(crate) const NAME_PROBE: u32 = 2;
 
-/// A source location is the index of the guest instruction and, above this bit, for a branch that does nothing but take a
-/// direct exit, the number of that slot plus 1.
-pub(crate) const SLOT_SHIFT: u32 = 16;
+/// A source location is the index of the guest instruction and, above this bit, for the trap that stands for a side exit,
+/// the number of that exit in [`Lowered::exits`] plus 1.
+pub(crate) const EXIT_SHIFT: u32 = 16;
+/// Traps have a code of one byte; further side exits are blocks.
+pub(crate) const MAX_TRAPS: usize = 200;
 
 /// The CLIF type of every vector value; ops cast to what they need.
 const V: Type = types::I8X16;
@@ -44,6 +52,14 @@ const V: Type = types::I8X16;
 pub(crate) struct Lowered {
     /// Page offset of each direct exit's target, in the order of their external indexes.
     pub slots: Vec<u16>,
+    /// Guest memory accesses, in the order of their external indexes.
+    pub probes: Vec<MemInfo>,
+    /// Side exits that are traps in the code: what to do there is for `assemble` to write.
+    pub exits: Vec<SideExit>,
+    /// Called thunks must keep vector registers.
+    pub full: bool,
+    /// There are branches or constants in the code whose places are not known, so that nothing in it may move.
+    pub fixed: bool,
 }
 
 /// Buffers kept from block to block.
@@ -63,7 +79,7 @@ struct Shape {
     ints: u8,
     /// V128 parameters.
     vecs: u8,
-    /// I64 results; the second is a clobbered register.
+    /// I64 results: RAX, RDX, RCX; those that mean nothing are registers the callee may change.
     rets: u8,
     /// V128 results.
     vec_rets: u8,
@@ -81,7 +97,6 @@ impl Shape {
 struct Lowering<'a> {
     cur: FuncCursor<'a>,
     block: &'a Block,
-    options: Options,
     buf: &'a mut Buffers,
     out: &'a mut Lowered,
     state: Clif,
@@ -97,7 +112,6 @@ struct Lowering<'a> {
 pub(crate) fn lower(
     func: &mut Function,
     block: &Block,
-    options: Options,
     buf: &mut Buffers,
 ) -> Result<Lowered, CompileError> {
     let mut out = Lowered::default();
@@ -114,13 +128,13 @@ pub(crate) fn lower(
     buf.wide.resize(block.ops.len(), None);
     buf.functions.clear();
     let full = block.ops.iter().any(|op| op.result() == Some(Ty::V128));
+    out.full = full;
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
     let mut l = Lowering {
         cur,
         block,
-        options,
         buf,
         out: &mut out,
         state,
@@ -129,7 +143,6 @@ pub(crate) fn lower(
         guest,
         signatures: Vec::new(),
     };
-    l.budget_check();
     let mut next_insn = 0;
     for (i, op) in block.ops.iter().enumerate() {
         while block.insns.get(next_insn).is_some_and(|insn| insn.first as usize <= i) {
@@ -189,7 +202,11 @@ impl Lowering<'_> {
         if self.cur.func.dfg.value_type(x) == types::I64 {
             return Ok(x);
         }
-        let w = self.cur.ins().uextend(types::I64, x);
+        let w = match *self.block.op(v) {
+            // The extension of a constant would be a load of it from memory.
+            Op::Const { imm, .. } => self.const64(imm),
+            _ => self.cur.ins().uextend(types::I64, x),
+        };
         self.buf.wide[v.index()] = Some(w);
         Ok(w)
     }
@@ -228,6 +245,7 @@ impl Lowering<'_> {
 
     /// A new block at the end of the layout; the cursor stays.
     fn new_block(&mut self, cold: bool) -> cranelift_codegen::ir::Block {
+        self.out.fixed = true;
         let b = self.cur.func.dfg.make_block();
         self.cur.func.layout.append_block(b);
         if cold {
@@ -255,7 +273,10 @@ impl Lowering<'_> {
     }
     /// Calls a thunk; the state is the first argument.
     fn call_results(&mut self, thunk: Thunk, shape: Shape, args: &[Clif]) -> &[Clif] {
-        let f = self.function(NAME_THUNK, thunk.index() as u32, shape);
+        self.call_named(NAME_THUNK, thunk.index() as u32, shape, args)
+    }
+    fn call_named(&mut self, space: u32, index: u32, shape: Shape, args: &[Clif]) -> &[Clif] {
+        let f = self.function(space, index, shape);
         let mut all = [self.state; 6];
         all[1..=args.len()].copy_from_slice(args);
         let inst = self.cur.ins().call(f, &all[..=args.len()]);
@@ -297,7 +318,8 @@ impl Lowering<'_> {
             Op::Bin { op, ty, a, b } => self.bin(i, op, ty, a, b)?,
             Op::Un { op, ty, a } => self.un(i, op, ty, a)?,
             Op::Cmp { cc, a, b, .. } => self.cmp(i, cc, a, b)?,
-            Op::Select { c, a, b, .. } => {
+            Op::Select { ty, c, a, b } => {
+                self.out.fixed |= ty == Ty::V128;
                 let (c, a, b) = (self.get(c)?, self.get(a)?, self.get(b)?);
                 let v = self.cur.ins().select(c, a, b);
                 self.set(i, v);
@@ -345,19 +367,7 @@ impl Lowering<'_> {
             Op::ExitIf { c, exit } => {
                 let side = *self.block.exits.get(exit as usize).ok_or(CompileError::Malformed)?;
                 let c = self.get(c)?;
-                let out = self.new_block(true);
-                let next = self.new_block(false);
-                let srcloc = self.cur.srcloc();
-                if matches!(side.exit, Exit::Jump { .. }) && side.retired == self.block.retired {
-                    // The branch may become the exit itself: it is found by this location, see `tidy`.
-                    let slot = self.out.slots.len() as u32 + 1;
-                    self.cur.set_srcloc(SourceLoc::new(srcloc.bits() | slot << SLOT_SHIFT));
-                }
-                self.cur.ins().brif(c, out, &[], next, &[]);
-                self.cur.set_srcloc(srcloc);
-                self.cur.goto_bottom(out);
-                self.exit(&side.exit, side.retired)?;
-                self.cur.goto_bottom(next);
+                self.side_exit(c, side)?;
             }
         }
         Ok(())

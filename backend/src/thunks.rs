@@ -4,9 +4,9 @@
 //! All of it but [`enter`] is position-independent and copied to the start of code memory, where blocks reach it with
 //! near calls.
 //!
-//! Registers in translated code: RDI is the state at entry of a block and of every thunk; the stack pointer at a block's
-//! entry points to the return address into [`enter`]. An exit thunk is jumped to with the block's frame gone. A called
-//! thunk takes arguments like a System V function, returns in RAX or XMM0 and keeps every other register, so that a call
+//! Registers in translated code: RBP is the state at entry of a block and of an exit thunk, and all through a block that has
+//! no frame; RDI is the state for a called thunk. The stack pointer at a block's entry points to the return address into
+//! [`enter`]. An exit thunk is jumped to with the block's frame gone. A called thunk takes arguments like a System V function, returns in RAX or XMM0 and keeps every other register, so that a call
 //! in a cold path costs the hot path nothing (Cranelift's `PreserveAll`). `full` thunks also keep XMM0 … XMM15; blocks
 //! without vector values use those that do not bother.
 //!
@@ -56,6 +56,7 @@ unsafe extern "C" fn enter_raw(state: *mut CpuState, entry: u64) -> u64 {
         "sub rsp, 8",
         "lea rax, [rsp - 8]",
         "mov [rdi + {host_sp}], rax",
+        "mov rbp, rdi",
         "call rsi",
         "add rsp, 8",
         "pop r15",
@@ -119,8 +120,8 @@ impl Thunk {
     pub const fn flags(full: bool) -> Self {
         Self(21 + full as u16)
     }
-    /// Slow access; RSI: address, RDX: `MemInfo`, RCX, R8: operands, or XMM0 for 16 bytes. RAX = a place in the state that
-    /// holds the value (of a load), or that may be written instead of memory.
+    /// Slow access; RSI: address, RDX: `MemInfo`, RCX, R8: operands, or XMM0 for 16 bytes. The result of a load in RAX or
+    /// XMM0; of an atomic access, where its old value is.
     pub const fn slow(kind: AccessKind, vector: bool, full: bool) -> Self {
         match (kind, vector) {
             (AccessKind::Load, false) => Self(23 + full as u16),
@@ -132,10 +133,11 @@ impl Thunk {
     }
     /// XMM0 = vector op RSI (number, immediate in bits 23:16) of XMM0, XMM1, XMM2.
     pub const VEC_EVAL: Thunk = Thunk(31);
-    /// Probe and access; RSI: address, RDX or XMM0: what to store; the result in RAX or XMM0. Loads clobber RDX.
-    /// `None` for accesses that no thunk does.
-    pub const fn probe(kind: AccessKind, log2: u8, flags: MemFlags, mode: MemMode, full: bool) -> Option<Self> {
-        let store = match kind {
+    /// Probe and access; RSI: address, RDX or XMM0: what to store; the result in RAX or XMM0. RAX, RDX and for a store RCX
+    /// are clobbered. `None` for accesses that no thunk does.
+    pub const fn probe(info: MemInfo, full: bool) -> Option<Self> {
+        let (log2, flags, mode) = (info.log2_bytes(), info.flags(), info.mode());
+        let store = match info.kind() {
             AccessKind::Load => 0,
             AccessKind::Store => 1,
             _ => return None,
@@ -307,6 +309,7 @@ global_asm!(
     // 0: unlinked slot, called by its stub: [return address] is the word, then the target's offset.
     ".irp size, 16, 32, 64",
     "tf_thunk",
+    "mov rdi, rbp",
     "pop rax",
     "mov ecx, [rax + 8]",
     "tf_rip \\size, rcx, ecx, cx",
@@ -316,6 +319,7 @@ global_asm!(
     // 3: budget.
     ".irp size, 16, 32, 64",
     "tf_thunk",
+    "mov rdi, rbp",
     "mov eax, esi",
     "shr eax, 16",
     "add [rdi], eax",
@@ -327,6 +331,7 @@ global_asm!(
     // 6: dispatch.
     ".irp size, 16, 32, 64",
     "tf_thunk",
+    "mov rdi, rbp",
     "tf_rip \\size, rsi, esi, si",
     "mov eax, {r_dispatch}",
     "ret",
@@ -334,6 +339,7 @@ global_asm!(
     // 9: raise.
     ".irp size, 16, 32, 64",
     "tf_thunk",
+    "mov rdi, rbp",
     "mov eax, esi",
     "shr eax, 24",
     "mov [rdi + {fault_has_error}], eax",
@@ -371,10 +377,12 @@ global_asm!(
     ".endm",
     ".irp size, 16, 32, 64",
     "tf_thunk",
+    "mov rdi, rbp",
     "tf_rip \\size, rsi, esi, si",
     "tf_jump_cache",
     ".endr",
     "tf_thunk",
+    "mov rdi, rbp",
     "mov [rdi + {rip}], rsi",
     "tf_jump_cache",
     // 16: helped.
@@ -407,37 +415,41 @@ global_asm!(
     "ret",
     ".endr",
     ".endr",
-    // 23: slow load, 25: slow store, 27: atomic, 29: load of 16 bytes. RAX = where the value is.
-    ".macro tf_slow off full vector",
+    // 23: slow load, 25: slow store, 27: atomic, which gives the place of the old value.
+    ".macro tf_slow name off full address",
     "tf_thunk",
+    "\\name\\full\\():",
     "tf_save \\full",
     "mov rax, [rdi + {helpers}]",
     "call [rax + \\off]",
     "tf_check_fault",
-    ".ifeq \\vector",
-    "mov [rdi + {mem_result}], rax",
-    ".endif",
     "tf_restore \\full",
+    ".if \\address",
+    "mov [rdi + {mem_result}], rax",
     "lea rax, [rdi + {mem_result}]",
+    ".endif",
     "ret",
     ".endm",
-    "tf_slow {fn_load}, 0, 0",
-    "tf_slow {fn_load}, 1, 0",
-    "tf_slow {fn_store}, 0, 0",
-    "tf_slow {fn_store}, 1, 0",
-    "tf_slow {fn_atomic}, 0, 0",
-    "tf_slow {fn_atomic}, 1, 0",
-    "tf_slow {fn_load}, 1, 1",
-    // 30: store of 16 bytes in XMM0.
+    "tf_slow twofold_slow_load, {fn_load}, 0, 0",
+    "tf_slow twofold_slow_load, {fn_load}, 1, 0",
+    "tf_slow twofold_slow_store, {fn_store}, 0, 0",
+    "tf_slow twofold_slow_store, {fn_store}, 1, 0",
+    "tf_slow twofold_slow_atomic, {fn_atomic}, 0, 1",
+    "tf_slow twofold_slow_atomic, {fn_atomic}, 1, 1",
+    // 29, 30: 16 bytes.
     "tf_thunk",
-    "movups [rdi + {mem_result}], xmm0",
+    "twofold_slow_load_vec:",
     "tf_save 1",
     "mov rax, [rdi + {helpers}]",
-    "call [rax + {fn_store}]",
+    "call [rax + {fn_load}]",
     "tf_check_fault",
     "tf_restore 1",
-    "lea rax, [rdi + {mem_result}]",
+    "movups xmm0, [rdi + {mem_result}]",
     "ret",
+    "tf_thunk",
+    "twofold_slow_store_vec:",
+    "movups [rdi + {mem_result}], xmm0",
+    "jmp twofold_slow_store1",
     // 31: vector op by number.
     "tf_thunk",
     "tf_save 1",
@@ -481,19 +493,17 @@ global_asm!(
     "772:",
     "mov edx, {load_kind} + \\log2 + (\\stack << 8) + (\\mode << 16)",
     ".if \\log2 == 4",
-    "jmp twofold_probe_load_vec",
+    "jmp twofold_slow_load_vec",
     ".else",
-    "jmp twofold_probe_load\\full",
+    "jmp twofold_slow_load\\full",
     ".endif",
     ".endm",
     ".macro tf_store mode stack full log2 reg",
     "tf_thunk",
     "tf_entry \\mode",
-    "mov [rsp - 8], rdx",
-    "lea rdx, [rsi + (1 << \\log2) - 1]",
-    "and rdx, -4096",
-    "cmp rdx, [rax + {tlb_write}]",
-    "mov rdx, [rsp - 8]",
+    "lea rcx, [rsi + (1 << \\log2) - 1]",
+    "and rcx, -4096",
+    "cmp rcx, [rax + {tlb_write}]",
     "jne 772f",
     "mov rax, [rax + {tlb_addend}]",
     ".if \\log2 == 4",
@@ -503,58 +513,14 @@ global_asm!(
     ".endif",
     "ret",
     "772:",
-    // The slow thunks keep RCX and RDX as they find them.
-    "push rcx",
-    "push rdx",
     "mov rcx, rdx",
     "mov edx, {store_kind} + \\log2 + (\\stack << 8) + (\\mode << 16)",
-    // The slow thunk notes its return address: give it the block's.
-    "push [rsp + 16]",
     ".if \\log2 == 4",
-    "jmp twofold_probe_store_vec",
+    "jmp twofold_slow_store_vec",
     ".else",
-    "jmp twofold_probe_store\\full",
+    "jmp twofold_slow_store\\full",
     ".endif",
     ".endm",
-    // Like the slow load, with the result in RAX or XMM0.
-    ".macro tf_probe_load full",
-    "twofold_probe_load\\full\\():",
-    "tf_save \\full",
-    "mov rax, [rdi + {helpers}]",
-    "call [rax + {fn_load}]",
-    "tf_check_fault",
-    "tf_restore \\full",
-    "ret",
-    ".endm",
-    // Like the slow store, for a caller that pushed RCX, RDX and a copy of its return address.
-    ".macro tf_probe_store full",
-    "twofold_probe_store\\full\\():",
-    "tf_save \\full",
-    "mov rax, [rdi + {helpers}]",
-    "call [rax + {fn_store}]",
-    "tf_check_fault",
-    "tf_restore \\full",
-    "add rsp, 8",
-    "pop rdx",
-    "pop rcx",
-    "ret",
-    ".endm",
-    ".p2align 4, 0xcc",
-    "tf_probe_load 0",
-    "tf_probe_load 1",
-    "twofold_probe_load_vec:",
-    "tf_save 1",
-    "mov rax, [rdi + {helpers}]",
-    "call [rax + {fn_load}]",
-    "tf_check_fault",
-    "tf_restore 1",
-    "movups xmm0, [rdi + {mem_result}]",
-    "ret",
-    "tf_probe_store 0",
-    "tf_probe_store 1",
-    "twofold_probe_store_vec:",
-    "movups [rdi + {mem_result}], xmm0",
-    "jmp twofold_probe_store1",
     ".irp mode, 0, 1, 2",
     ".irp stack, 0, 1",
     ".irp full, 0, 1",
@@ -582,8 +548,6 @@ global_asm!(
     ".purgem tf_entry",
     ".purgem tf_load",
     ".purgem tf_store",
-    ".purgem tf_probe_load",
-    ".purgem tf_probe_store",
     ".previous",
     rip_base = const layout::RIP_BASE,
     rip = const layout::RIP,

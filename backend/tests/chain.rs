@@ -310,3 +310,18 @@ fn malformed_blocks_are_errors() {
     let text = rig.compiler.clif_text(&b).unwrap();
     assert!(text.contains("return_call"), "{text}");
 }
+
+#[test]
+fn a_counting_block_counts_its_executions() {
+    let mut rig = rig();
+    let block = adder(0x10, 0, 3, Exit::Jump { off: 0x10 });
+    let tb = rig.compiler.compile_counted(&block, Some(5)).unwrap();
+    let tb = rig.memory.install(&tb, 1).unwrap();
+    rig.memory.link(tb.slots[0], tb.entry);
+    let counts = [0u64; 8];
+    let mut m = machine();
+    m.state.exec_counts = counts.as_ptr() as u64;
+    m.state.budget = 300;
+    assert_eq!(enter(&mut m, tb.entry), Leave::Budget);
+    assert_eq!(std::hint::black_box(&counts), &[0, 0, 0, 0, 0, 100, 0, 0]);
+}

@@ -1,33 +1,35 @@
-//! Lowering of block entry and of every way out: the budget check, direct exits, jump cache, dispatcher, exceptions.
+//! Lowering of every way out of a block: direct exits, jump cache, dispatcher, exceptions.
 
 use cranelift_codegen::cursor::Cursor;
-use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::{InstBuilder, types};
-use twofold_ir::Exit;
+use cranelift_codegen::ir::{InstBuilder, SourceLoc, TrapCode, Value as Clif, types};
+use twofold_arch::Exception;
+use twofold_ir::{Exit, SideExit};
 
-use super::{Lowering, NAME_SLOT, Shape};
+use super::{EXIT_SHIFT, Lowering, MAX_TRAPS, NAME_SLOT, Shape};
 use crate::compiler::CompileError;
 use crate::layout;
 use crate::thunks::Thunk;
 
 impl Lowering<'_> {
-    /// Charges the block's instructions to the budget; leaves when that or the attention word makes it negative.
-    pub(super) fn budget_check(&mut self) {
-        let n = self.block.retired;
-        // Two loads of 32 bits: one of 64 would wait for the store of the block before to leave the store buffer.
-        let budget = self.load_state(types::I32, layout::BUDGET);
-        let left = self.cur.ins().iadd_imm_s(budget, -i64::from(n));
-        self.store_state(left, layout::BUDGET);
-        let attention = self.load_state(types::I32, layout::ATTENTION);
-        let either = self.cur.ins().bor(left, attention);
-        let stop = self.cur.ins().icmp_imm_s(IntCC::SignedLessThan, either, 0);
-        let leave = self.new_block(true);
-        let body = self.new_block(false);
-        self.cur.ins().brif(stop, leave, &[], body, &[]);
-        self.cur.goto_bottom(leave);
-        let arg = self.const64(u64::from(n) << 16 | u64::from(self.block.start()));
-        self.tail(Thunk::budget(self.block.flags.size()), &[arg]);
-        self.cur.goto_bottom(body);
+    /// Leaves when `c` is not 0.
+    pub(super) fn side_exit(&mut self, c: Clif, side: SideExit) -> Result<(), CompileError> {
+        let n = self.out.exits.len();
+        if n < MAX_TRAPS && !matches!(side.exit, Exit::Indirect { .. }) {
+            self.out.exits.push(side);
+            let srcloc = self.cur.srcloc();
+            self.cur.set_srcloc(SourceLoc::new(srcloc.bits() | (n as u32 + 1) << EXIT_SHIFT));
+            let code = TrapCode::user(n as u8 + 1).ok_or(CompileError::Malformed)?;
+            self.cur.ins().trapnz(c, code);
+            self.cur.set_srcloc(srcloc);
+            return Ok(());
+        }
+        let out = self.new_block(true);
+        let next = self.new_block(false);
+        self.cur.ins().brif(c, out, &[], next, &[]);
+        self.cur.goto_bottom(out);
+        self.exit(&side.exit, side.retired)?;
+        self.cur.goto_bottom(next);
+        Ok(())
     }
 
     /// Leaves with `retired` guest instructions complete; the cursor's block is filled after.
@@ -61,10 +63,7 @@ impl Lowering<'_> {
             }
             Exit::Helped => self.tail(Thunk::HELPED, &[]),
             Exit::Raise { off, exception } => {
-                let word = u64::from(off)
-                    | (exception.vector as u64) << 16
-                    | u64::from(exception.error.is_some()) << 24;
-                let word = self.const64(word);
+                let word = self.const64(raise_word(off, &exception).into());
                 let error = self.const64(exception.error.unwrap_or(0).into());
                 let cr2 = self.const64(exception.cr2);
                 self.tail(Thunk::raise(size), &[word, error, cr2]);
@@ -72,4 +71,9 @@ impl Lowering<'_> {
         }
         Ok(())
     }
+}
+
+/// What the `raise` thunks take in RSI.
+pub fn raise_word(off: u16, exception: &Exception) -> u32 {
+    u32::from(off) | (exception.vector as u32) << 16 | u32::from(exception.error.is_some()) << 24
 }

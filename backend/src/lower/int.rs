@@ -53,6 +53,8 @@ impl Lowering<'_> {
 
     /// Division with the cases that would trap taken out: the divisor is made 1 and the result chosen after.
     fn divide(&mut self, op: BinOp, t: Type, x: Clif, y: Clif) -> Clif {
+        // Cranelift checks again, by branches.
+        self.out.fixed = true;
         let signed = matches!(op, BinOp::SDiv | BinOp::SRem);
         let w = if t.bits() < 32 { types::I32 } else { t };
         let (x, y) = (self.extend(w, x, signed), self.extend(w, y, signed));
