@@ -12,6 +12,8 @@ mod run;
 pub mod scalar;
 mod word;
 
+use std::cell::RefCell;
+
 use twofold_arch::Exception;
 
 pub use env::{Abandon, Env, FILE_BASE, FILE_WORDS, File};
@@ -74,60 +76,73 @@ pub enum Leave {
     },
 }
 
-/// A block made ready to run: the words of `word`, then the exit records, then the index of each guest instruction's first
-/// word, four to a word.
+/// A block made ready to run.
+///
+/// All in one piece of memory, since most programs run seldom and are met in no cache: a header, the words of `word`, the
+/// exit records, and the index of each guest instruction's first word, four to a word.
 #[derive(Clone, Debug)]
 pub struct Program {
+    /// Empty when there is a fallback.
     words: Box<[u64]>,
-    /// Words of code, records, and entries of the instruction table.
-    code: u16,
-    records: u16,
-    insns: u16,
-    extra: Option<Box<Extra>>,
+    /// Run this by [`reference`] instead: it needs more temporaries than there are.
+    fallback: Option<Box<Block>>,
 }
 
-/// What few programs have.
-#[derive(Clone, Debug)]
-struct Extra {
-    /// Run this by [`reference`] instead: it needs more temporaries than there are.
-    fallback: Option<Block>,
-    /// The exceptions of `Raise` exits.
-    raises: Vec<Exception>,
+/// What [`Program`] owns, by reference: for callers whose programs move while they run.
+#[derive(Clone, Copy, Debug)]
+pub struct Code<'a> {
+    words: &'a [u64],
+    fallback: Option<&'a Block>,
 }
 
 impl Program {
-    /// Lowers a block, which must be valid ([`crate::verify`]). To lower many, keep a [`Lowerer`].
+    /// Lowers a block, which must be valid ([`crate::verify`]).
     #[must_use]
     pub fn new(block: &Block) -> Self {
-        Lowerer::default().lower(block)
+        thread_local! {
+            // Its scratch memory costs more to make than most blocks to lower.
+            static LOWERER: RefCell<Lowerer> = RefCell::default();
+        }
+        LOWERER.with_borrow_mut(|l| l.lower(block))
+    }
+    /// What there is to run; stays where it is when the program is moved.
+    #[must_use]
+    #[inline]
+    pub fn code(&self) -> Code<'_> {
+        Code { words: &self.words, fallback: self.fallback.as_deref() }
+    }
+    /// Runs it.
+    #[inline]
+    pub fn run<E: Env>(&self, env: &mut E) -> Leave {
+        self.code().run(env)
     }
     /// Bytes of memory it takes, for statistics.
     #[must_use]
     pub fn size(&self) -> usize {
-        let fallback = self.extra.as_ref().and_then(|e| e.fallback.as_ref());
-        size_of::<Self>() + self.words.len() * 8 + fallback.map_or(0, |b| b.ops.len() * size_of::<crate::Op>())
+        let fallback = self.fallback.as_ref().map_or(0, |b| b.ops.len() * size_of::<crate::Op>());
+        size_of::<Self>() + self.words.len() * 8 + fallback
     }
     /// Number of words of code, for statistics.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.code as usize
+        self.words.first().map_or(0, |h| *h as u16 as usize)
     }
     /// Whether there is no code: the terminal is all there is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.code == 0
+        self.len() == 0
     }
     /// Whether the block had more live values than there are temporaries, and runs slowly.
     #[must_use]
     pub fn is_fallback(&self) -> bool {
-        self.extra.as_ref().is_some_and(|e| e.fallback.is_some())
+        self.fallback.is_some()
     }
 }
 
 impl core::fmt::Display for Program {
     /// The words, for people looking at what became of a block.
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let mut words = self.words.iter().take(self.code as usize);
+        let mut words = self.words.iter().skip(1).take(self.len());
         while let Some(&w) = words.next() {
             let [code, d, a, b, ..] = w.to_le_bytes();
             let name = word::code::NAMES.get(code as usize).copied().unwrap_or("?");

@@ -3,14 +3,15 @@
 //! Invariants: code has no jumps, so the loop is an iteration over a slice; operands are one-byte indices into 256 words,
 //! so there are no bounds checks; an op reads all its operands before it writes.
 
-use twofold_arch::{CcOp, CondCode, Loc};
+use twofold_arch::{CcOp, CondCode, Exception, Loc};
 
 use super::env::{Abandon, Env, File};
 use super::word::{code, record};
-use super::{Leave, Program, Target, reference, scalar};
+use super::{Code, Leave, Target, reference, scalar};
 use crate::block::IndirectKind;
 use crate::helper::Helper;
 use crate::op::{BinOp, IntCc, MemFlags, RmwOp, Ty, UnOp};
+use crate::text::VECTORS;
 use crate::vecop::{self, VecOp};
 
 #[inline(always)]
@@ -112,30 +113,29 @@ fn cond(f: &File, cc: usize) -> bool {
 }
 
 macro_rules! exits {
-    ($self:ident, $file:ident, $w:ident, $rhs:expr, $index:expr, |$x:ident, $y:ident| $holds:expr) => {{
+    ($all:ident, $file:ident, $w:ident, $rhs:expr, $index:expr, |$x:ident, $y:ident| $holds:expr) => {{
         let shift = d($w) as u32 & 63;
         let $x = $file[a($w)] << shift;
         let $y = $rhs << shift;
         if $holds {
-            return $self.leave($file, $index);
+            return leave($all, $file, $index);
         }
     }};
 }
 
-impl Program {
+impl Code<'_> {
     /// Runs it.
     #[allow(clippy::too_many_lines)] // the match
-    pub fn run<E: Env>(&self, env: &mut E) -> Leave {
-        if let Some(block) = self.extra.as_ref().and_then(|e| e.fallback.as_ref()) {
-            return reference::run(block, env);
-        }
-        let words = &self.words[..(self.code as usize).min(self.words.len())];
+    pub fn run<E: Env>(self, env: &mut E) -> Leave {
+        let all = self.words;
+        let Some(&header) = all.first() else { return self.run_fallback(env) };
+        let Some(words) = all.get(1..1 + header as u16 as usize) else { return self.run_fallback(env) };
         let mut words = words.iter();
         macro_rules! attempt {
             ($e:expr) => {
                 match $e {
                     Ok(v) => v,
-                    Err(Abandon) => return self.abandon(words.len()),
+                    Err(Abandon) => return abandon(all, words.len()),
                 }
             };
         }
@@ -156,13 +156,13 @@ impl Program {
         macro_rules! exit {
             ($w:ident, |$x:ident, $y:ident| $holds:expr) => {{
                 let f = env.file();
-                exits!(self, f, $w, f[b($w)], imm($w) as usize, |$x, $y| $holds)
+                exits!(all, f, $w, f[b($w)], imm($w) as usize, |$x, $y| $holds)
             }};
         }
         macro_rules! exiti {
             ($w:ident, |$x:ident, $y:ident| $holds:expr) => {{
                 let f = env.file();
-                exits!(self, f, $w, imm($w), b($w), |$x, $y| $holds)
+                exits!(all, f, $w, imm($w), b($w), |$x, $y| $holds)
             }};
         }
         while let Some(&w) = words.next() {
@@ -300,7 +300,7 @@ impl Program {
                 code::XSGEI => exiti!(w, |x, y| x as i64 >= y as i64),
                 code::XCOND => {
                     if cond(f, d(w)) {
-                        return self.leave(f, imm(w) as usize);
+                        return leave(all, f, imm(w) as usize);
                     }
                 }
 
@@ -355,49 +355,69 @@ impl Program {
                 _ => debug_assert!(false, "no such code"),
             }
         }
-        self.leave(env.file(), 0)
+        leave(all, env.file(), 0)
     }
 
-    /// The end of the run at a fault, with `left` words not yet begun.
     #[cold]
-    fn abandon(&self, left: usize) -> Leave {
-        let at = (self.code as usize).saturating_sub(left + 1);
-        let table = &self.words[(self.code as usize + self.records as usize).min(self.words.len())..];
-        let start = |i: usize| table.get(i / 4).map_or(usize::MAX, |w| (w >> (i % 4 * 16)) as u16 as usize);
-        // The last instruction that starts at or before the word.
-        let (mut low, mut high) = (0, self.insns as usize);
-        while low < high {
-            let mid = (low + high) / 2;
-            if start(mid) <= at { low = mid + 1 } else { high = mid }
+    fn run_fallback<E: Env>(self, env: &mut E) -> Leave {
+        match self.fallback {
+            Some(block) => reference::run(block, env),
+            None => Leave::Exit { to: Target::Helped, exit: 0, retired: 0 },
         }
-        Leave::Abandoned { insn: low.saturating_sub(1) as u16 }
     }
+}
 
-    /// The end of the run through exit record `index`.
-    #[inline]
-    fn leave(&self, f: &File, index: usize) -> Leave {
-        let r = self.words.get(self.code as usize + index).copied().unwrap_or(record::HELPED);
-        let payload = (r >> 32) as u32;
-        let to = match r & 7 {
-            record::JUMP => Target::Jump { off: payload as u16 },
-            record::JUMP_FAR => Target::JumpFar { off: payload as i32 },
-            record::INDIRECT => {
-                let kind = match payload >> 8 {
-                    0 => IndirectKind::Jump,
-                    1 => IndirectKind::Call,
-                    _ => IndirectKind::Return,
-                };
-                Target::Indirect { rip: f[payload as u8 as usize], kind }
-            }
-            record::DISPATCH => Target::Dispatch { off: payload as i32 },
-            record::RAISE => match self.extra.as_ref().and_then(|e| e.raises.get((payload >> 16) as usize)) {
-                Some(&exception) => Target::Raise { off: payload as u16, exception },
-                None => Target::Helped,
-            },
-            _ => Target::Helped,
-        };
-        Leave::Exit { to, exit: (r >> 16) as u16, retired: (r >> 3) as u16 & record::MAX_RETIRED }
+/// The end of the run at a fault, with `left` words of code not yet begun.
+#[cold]
+fn abandon(words: &[u64], left: usize) -> Leave {
+    let header = words.first().copied().unwrap_or(0);
+    let [code, records, insns] = [0, 16, 32].map(|shift| (header >> shift) as u16 as usize);
+    let at = code.saturating_sub(left + 1);
+    let table = words.get(1 + code + records..).unwrap_or_default();
+    let start = |i: usize| table.get(i / 4).map_or(usize::MAX, |w| (w >> (i % 4 * 16)) as u16 as usize);
+    // The last instruction that starts at or before the word.
+    let (mut low, mut high) = (0, insns);
+    while low < high {
+        let mid = (low + high) / 2;
+        if start(mid) <= at { low = mid + 1 } else { high = mid }
     }
+    Leave::Abandoned { insn: low.saturating_sub(1) as u16 }
+}
+
+/// The end of the run through exit record `index`.
+#[inline(never)]
+fn leave(words: &[u64], f: &File, index: usize) -> Leave {
+    let header = words.first().copied().unwrap_or(0);
+    let at = 1 + header as u16 as usize + index;
+    let r = words.get(at).copied().unwrap_or(record::HELPED);
+    let payload = (r >> 32) as u32;
+    let to = match r & 7 {
+        record::JUMP => Target::Jump { off: payload as u16 },
+        record::JUMP_FAR => Target::JumpFar { off: payload as i32 },
+        record::INDIRECT => {
+            let kind = match payload >> 8 {
+                0 => IndirectKind::Jump,
+                1 => IndirectKind::Call,
+                _ => IndirectKind::Return,
+            };
+            Target::Indirect { rip: f[payload as u8 as usize], kind }
+        }
+        record::DISPATCH => Target::Dispatch { off: payload as i32 },
+        record::RAISE => raise(words, at, payload),
+        _ => Target::Helped,
+    };
+    Leave::Exit { to, exit: (r >> 16) as u16, retired: (r >> 3) as u16 & record::MAX_RETIRED }
+}
+
+#[cold]
+fn raise(words: &[u64], at: usize, payload: u32) -> Target {
+    let word = |n| words.get(at + n).copied().unwrap_or(0);
+    let exception = Exception {
+        vector: VECTORS[(payload >> 16) as usize % VECTORS.len()].0,
+        error: (word(1) >> 32 != 0).then_some(word(1) as u32),
+        cr2: word(2),
+    };
+    Target::Raise { off: payload as u16, exception }
 }
 
 #[inline(never)]

@@ -119,7 +119,8 @@ pub(crate) mod record {
     pub const DISPATCH: u64 = 3;
     /// No payload.
     pub const HELPED: u64 = 4;
-    /// Payload: page offset, in bits 31:16 the index of the exception among the program's.
+    /// Payload: page offset, in bits 31:16 the index of the vector in `text::VECTORS`. Two words follow: the error code, with bit 32
+    /// set when there is one, and CR2.
     pub const RAISE: u64 = 5;
 
     /// The most instructions a record can count.
