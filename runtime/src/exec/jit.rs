@@ -22,9 +22,9 @@ pub struct TierPolicy {
 }
 
 /// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
-const WARM: u32 = 256;
+const WARM: u32 = 128;
 /// Evaluator runs after which a block should not have to wait behind others.
-const HOT: u32 = 2048;
+const HOT: u32 = 512;
 
 /// The execution machinery.
 pub struct Jit {
