@@ -1,3 +1,5 @@
+//! Tests of the local APIC: registers, priorities, timers, x2APIC mode.
+
 use super::*;
 
 fn enabled() -> LocalApic {
