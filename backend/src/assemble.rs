@@ -164,6 +164,8 @@ pub(crate) fn assemble(
         returns: a.returns,
         charged: block.retired,
         size: block.flags.size(),
+        fixed,
+        framed,
     })
 }
 

@@ -88,6 +88,8 @@ pub struct CompiledTb {
     pub(crate) returns: Vec<(u32, u16)>,
     pub(crate) charged: u16,
     pub(crate) size: CodeSize,
+    pub(crate) fixed: bool,
+    pub(crate) framed: bool,
 }
 
 impl CompiledTb {
@@ -103,6 +105,19 @@ impl CompiledTb {
     }
 }
 
+/// Counters of a compiler.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CompileStats {
+    /// Blocks compiled.
+    pub blocks: u64,
+    /// Of those, blocks whose accesses are out of line because Cranelift's code could not be taken apart.
+    pub fixed: u64,
+    /// Of those, blocks with a frame: values were spilled.
+    pub framed: u64,
+    /// Blocks refused.
+    pub failed: u64,
+}
+
 /// Compiles blocks; keeps its buffers from one to the next.
 pub struct Compiler {
     options: Options,
@@ -110,6 +125,7 @@ pub struct Compiler {
     context: Context,
     control: ControlPlane,
     buffers: Buffers,
+    stats: CompileStats,
 }
 
 impl std::fmt::Debug for Compiler {
@@ -129,7 +145,7 @@ impl Compiler {
         }
         let isa = host_isa().ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
-        Ok(Self { options, isa, context, control, buffers })
+        Ok(Self { options, isa, context, control, buffers, stats: CompileStats::default() })
     }
 
     /// Compiles a block.
@@ -147,7 +163,7 @@ impl Compiler {
     /// As [`Compiler::compile`].
     pub fn compile_counted(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
         let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(block, counter)));
-        result.unwrap_or_else(|payload| {
+        let result = result.unwrap_or_else(|payload| {
             // What a panic left behind is not to be trusted.
             self.context = Context::new();
             self.control = ControlPlane::default();
@@ -155,7 +171,22 @@ impl Compiler {
             let text = payload.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
             Err(CompileError::Panic(text.unwrap_or("?").to_owned()))
-        })
+        });
+        match &result {
+            Ok(tb) => {
+                self.stats.blocks += 1;
+                self.stats.fixed += u64::from(tb.fixed);
+                self.stats.framed += u64::from(tb.framed);
+            }
+            Err(_) => self.stats.failed += 1,
+        }
+        result
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> CompileStats {
+        self.stats
     }
 
     /// The CLIF text of a block (`-d clif`).

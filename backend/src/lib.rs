@@ -24,6 +24,6 @@ mod thunks;
 
 pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
-pub use compiler::{CompileError, CompiledTb, Compiler, Options, Probe};
+pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
 pub use disasm::disassemble;
 pub use thunks::{available, enter};
