@@ -12,6 +12,7 @@ pub mod fpu;
 pub mod platform;
 pub mod run;
 pub mod stats;
+pub mod symbols;
 pub mod trace;
 pub mod vcpu;
 
