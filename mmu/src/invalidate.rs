@@ -9,13 +9,18 @@
 
 use twofold_arch::LinearAddr;
 
+use crate::ept::EptControls;
 use crate::mmu::{Mmu, check_linear, tags_of};
-use crate::space::AddressSpace;
+use crate::nested::GpaCache;
+use crate::space::{AddressSpace, EptFault};
 use crate::stats::{FlushCause, FlushPolicy};
 use crate::tlb::{Context, Tags, View};
 
 /// Contexts a vCPU keeps at most.
-const MAX_CONTEXTS: usize = 12;
+const MAX_CONTEXTS: usize = 32;
+
+/// EP4TAs whose guest-physical mappings a vCPU keeps at most.
+const MAX_GPA_CACHES: usize = 16;
 
 /// Which translations INVPCID names (SDM Vol 2A, "INVPCID").
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -83,6 +88,35 @@ impl Mmu {
         for c in &mut self.contexts {
             c.flush(true);
         }
+        for c in &mut self.gpa_caches {
+            c.flush();
+        }
+    }
+
+    /// The guest-physical mappings for `controls`, by index: those there are, new ones, or those not used for longest, emptied.
+    #[inline]
+    pub(crate) fn gpa_cache(&mut self, controls: &EptControls) -> usize {
+        let fits = |c: &GpaCache| c.top == controls.top && c.shape == controls.shape();
+        if !self.gpa_caches.get(self.gpa_current).is_some_and(fits) {
+            self.gpa_current = match self.gpa_caches.iter().position(fits) {
+                Some(i) => i,
+                None => self.make_gpa_cache(controls),
+            };
+            self.clock += 1;
+            self.gpa_caches[self.gpa_current].last_used = self.clock;
+        }
+        self.gpa_current
+    }
+
+    #[cold]
+    fn make_gpa_cache(&mut self, controls: &EptControls) -> usize {
+        if self.gpa_caches.len() < MAX_GPA_CACHES {
+            self.gpa_caches.push(GpaCache::new(controls));
+            return self.gpa_caches.len() - 1;
+        }
+        let oldest = self.gpa_caches.iter().enumerate().min_by_key(|(_, c)| c.last_used).map_or(0, |(i, _)| i);
+        self.gpa_caches[oldest].reuse(controls);
+        oldest
     }
 
     /// The contexts of `vpid`: linear mappings and combined mappings of every EP4TA.
@@ -220,7 +254,7 @@ impl Mmu {
         }
     }
 
-    /// INVEPT: combined mappings of one EP4TA, or of all (`None`), for every VPID and PCID.
+    /// INVEPT: guest-physical and combined mappings of one EPTP's EP4TA, or of all (`None`), for every VPID and PCID.
     pub fn invept(&mut self, eptp: Option<u64>) {
         if self.begin_flush(FlushCause::Invept) {
             return;
@@ -230,20 +264,26 @@ impl Mmu {
             .iter_mut()
             .filter(|c| c.tags.ep4ta.is_some() && (one.is_none() || c.tags.ep4ta == one))
             .for_each(|c| c.flush(true));
+        self.gpa_caches.iter_mut().filter(|c| one.is_none_or(|top| c.top == top)).for_each(GpaCache::flush);
     }
 
-    /// An EPT violation at `la` (row E3): the combined mappings of the address go.
-    pub fn ept_violation(&mut self, space: &AddressSpace, la: Option<LinearAddr>) {
+    /// An EPT fault (row E3): the guest-physical mappings of the address and the combined ones of the linear address go, in
+    /// the current EP4TA. Every function here that ends in an EPT fault has called this.
+    pub fn ept_fault(&mut self, space: &AddressSpace, fault: &EptFault) {
         if self.begin_flush(FlushCause::EptViolation) {
             return;
         }
         let ep4ta = space.ep4ta();
-        for c in self.of_vpid(space.vpid).filter(|c| c.tags.ep4ta == ep4ta) {
-            match la {
-                Some(la) => c.drop_page(la, false),
-                None => c.flush(true),
-            }
+        self.gpa_caches.iter_mut().filter(|c| Some(c.top) == ep4ta).for_each(|c| c.drop_page(fault.gpa));
+        if let Some(la) = fault.la {
+            self.of_vpid(space.vpid).filter(|c| c.tags.ep4ta == ep4ta).for_each(|c| c.drop_page(la, false));
         }
+    }
+
+    /// The EPTP or an EPT control changed in VMX non-root operation, as by VMFUNC: `new` is the address space from now on. Drops
+    /// nothing.
+    pub fn ept_changed(&mut self, new: &AddressSpace) -> View {
+        self.switch(new)
     }
 
     /// Reset: everything goes, and `new` is the address space from now on.

@@ -5,8 +5,11 @@
 //! together. `unsafe` is confined to `ram` and `tlb`.
 
 pub mod code;
+pub mod ept;
+pub mod guest_phys;
 pub mod invalidate;
 pub mod mmu;
+pub mod nested;
 pub mod physmap;
 pub mod ram;
 pub mod rights;
@@ -16,6 +19,7 @@ pub mod tlb;
 pub mod walk;
 
 pub use code::CodePages;
+pub use ept::{EptControls, EptReason, EptStep, Pml};
 pub use invalidate::{Invpcid, Invvpid};
 pub use mmu::{BytesOutcome, Fetched, Mmu, Part, Parts, ReadOutcome, Translation, WriteOutcome};
 pub use physmap::{LegacyHole, PhysMap, PhysMapError, Target};

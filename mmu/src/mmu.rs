@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use twofold_arch::paging::SHIFT_4K;
 use twofold_arch::tbflags::MemMode;
-use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
+use twofold_arch::{LinearAddr, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::code::CodePages;
+use crate::ept::{EptControls, Pml};
+use crate::nested::{GpaCache, Nested};
 use crate::physmap::{PhysMap, Target};
 use crate::rights::permitted;
-use crate::space::{Access, AccessKind, AddressSpace, EptFault, EptFaultKind, Fault};
+use crate::space::{Access, AccessKind, AddressSpace, Fault};
 use crate::stats::{FlushPolicy, MmuStats};
 use crate::tlb::{Context, Hit, JumpCacheEntry, NewEntry, SLOW_CODE, SLOW_IO, Tags, View};
 use crate::walk::{Direct, GuestPhysical, Mapping, Peek, WalkCounts, walk};
@@ -119,6 +121,11 @@ pub struct Mmu {
     pub(crate) view_changed: bool,
     /// A bit a page of physical memory: some context may hold a write tag for it that matches.
     pub(crate) write_cached: Vec<u64>,
+    /// Guest-physical mappings by EP4TA and shape.
+    pub(crate) gpa_caches: Vec<GpaCache>,
+    /// The one used last.
+    pub(crate) gpa_current: usize,
+    pub(crate) pml: Option<Pml>,
     pub(crate) stats: MmuStats,
 }
 
@@ -143,6 +150,9 @@ impl Mmu {
             clock: 0,
             view_changed: false,
             write_cached: vec![0; pages.div_ceil(64) as usize],
+            gpa_caches: Vec::new(),
+            gpa_current: 0,
+            pml: None,
             stats: MmuStats::default(),
         })
     }
@@ -156,6 +166,17 @@ impl Mmu {
     #[inline]
     pub fn take_view_change(&mut self) -> bool {
         std::mem::take(&mut self.view_changed)
+    }
+
+    /// Page-modification logging, as VM entry sets it (`None`: off); it only works with accessed and dirty flags for EPT.
+    pub fn set_pml(&mut self, pml: Option<Pml>) {
+        self.pml = pml;
+    }
+
+    /// Page-modification logging with its index as it is now, which VM exit stores.
+    #[must_use]
+    pub fn pml(&self) -> Option<Pml> {
+        self.pml
     }
 
     /// The physical map.
@@ -218,17 +239,43 @@ impl Mmu {
     /// # Errors
     /// [`Fault`] as the SDM says.
     pub fn fill(&mut self, space: &AddressSpace, la: LinearAddr, access: Access) -> Result<Translation, Fault> {
-        if let Some(eptp) = space.eptp {
-            // The second stage is not here yet; what it will be is a `GuestPhysical` for `fill_through`.
-            let _ = eptp;
-            let kind = EptFaultKind::Misconfiguration;
-            return Err(Fault::Ept(EptFault { kind, gpa: GuestPhysAddr(0), la: Some(la) }));
+        if let Some(controls) = EptControls::of(space) {
+            return self.fill_nested(space, controls, la, access);
         }
         let mut counts = WalkCounts::default();
         let found = match check_linear(space, la) {
             Ok(la) => walk(space, la, access, &mut Direct { phys: &self.phys, code: &self.code }, &mut counts),
             Err(fault) => Err(fault),
         };
+        self.settle(space, la, access, found, counts)
+    }
+
+    /// [`Self::fill`] while EPT is in use.
+    fn fill_nested(
+        &mut self,
+        space: &AddressSpace,
+        controls: EptControls,
+        la: LinearAddr,
+        access: Access,
+    ) -> Result<Translation, Fault> {
+        let cache = self.gpa_cache(&controls);
+        let memory = Direct { phys: &self.phys, code: &self.code };
+        let mut nested = Nested::new(memory, controls, &mut self.gpa_caches[cache], &mut self.pml);
+        let mut counts = WalkCounts::default();
+        let found = check_linear(space, la).and_then(|la| {
+            let found = walk(space, la, access, &mut nested, &mut counts);
+            if found.is_err() && nested.counts.hits != 0 {
+                // The fault may come of a guest-physical mapping that is not in memory any more.
+                nested.bypass = true;
+                return walk(space, la, access, &mut nested, &mut counts);
+            }
+            found
+        });
+        let ept = nested.counts;
+        self.stats.count_ept(&ept);
+        if let Err(Fault::Ept(fault)) = &found {
+            self.ept_fault(space, fault);
+        }
         self.settle(space, la, access, found, counts)
     }
 
@@ -302,8 +349,8 @@ impl Mmu {
         } else {
             context.pkrs_used |= u32::from(space.pks) << (2 * u32::from(m.rights.pkey));
         }
-        if m.shift > SHIFT_4K {
-            context.note_large(la, m.shift);
+        if m.guest_shift > SHIFT_4K {
+            context.note_large(la, m.guest_shift);
         }
         let table = context.table_mut(mode);
         let new = NewEntry { la, page: m.page, addend, tags, slow_read, slow_write, global: m.global };
@@ -361,8 +408,12 @@ impl Mmu {
         let la = check_linear(space, la)?;
         let free = AddressSpace { smap: false, pke: false, pks: false, ..*space };
         let access = Access { kind: AccessKind::Read, user: false, implicit: false, ac: true };
-        let mut direct = Direct { phys: &self.phys, code: &self.code };
-        walk(&free, la, access, &mut Peek(&mut direct), &mut WalkCounts::default())
+        let mut memory = Direct { phys: &self.phys, code: &self.code };
+        let counts = &mut WalkCounts::default();
+        match EptControls::of(space) {
+            None => walk(&free, la, access, &mut Peek(&mut memory), counts),
+            Some(controls) => walk(&free, la, access, &mut Nested::peek(memory, controls), counts),
+        }
     }
 }
 

@@ -9,6 +9,8 @@ use twofold_arch::paging::CR3_PCID;
 use twofold_arch::tbflags::MemMode;
 use twofold_arch::{GuestPhysAddr, LinearAddr};
 
+use crate::ept::EptControls;
+
 /// A paging mode (SDM Vol 3A, "Paging Modes and Control Bits").
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
@@ -67,6 +69,10 @@ pub struct AddressSpace {
     pub vpid: u16,
     /// The EPT pointer while EPT is in use.
     pub eptp: Option<u64>,
+    /// The VM-execution control "mode-based execute control for EPT".
+    pub ept_mode_based: bool,
+    /// Whether the CPU has execute-only pages in EPT.
+    pub ept_execute_only: bool,
     /// CR0.WP.
     pub wp: bool,
     /// CR4.PSE: 4 MiB pages in 32-bit paging.
@@ -105,6 +111,8 @@ impl AddressSpace {
             pcid: 0,
             vpid: 0,
             eptp: None,
+            ept_mode_based: false,
+            ept_execute_only: true,
             wp: false,
             pse: false,
             pge: false,
@@ -174,14 +182,14 @@ impl AddressSpace {
 
     /// What, besides the tables in memory, the rights of cached translations depend on. Two address spaces that differ
     /// here share no cached translation.
-    pub(crate) fn shape(&self) -> u32 {
-        let mut s = self.mode as u32 | u32::from(self.maxphyaddr) << 16;
+    pub(crate) fn shape(&self) -> u64 {
+        let mut s = self.mode as u64 | u64::from(self.maxphyaddr) << 16;
         let controls =
             [self.wp, self.pse, self.pge, self.smep, self.smap, self.pke, self.pks, self.nxe, self.gigabyte_pages];
         for (i, b) in controls.into_iter().enumerate() {
-            s |= u32::from(b) << (4 + i);
+            s |= u64::from(b) << (4 + i);
         }
-        s
+        s | EptControls::of(self).map_or(0, |c| u64::from(c.shape()) << 32)
     }
 }
 
@@ -261,17 +269,21 @@ pub enum EptFaultKind {
     Violation(u32),
     /// An EPT misconfiguration.
     Misconfiguration,
+    /// An accessed or dirty flag must be set, and the page-modification log is full.
+    LogFull,
 }
 
-/// A fault of the second translation stage; exits to L1.
+/// A fault of the second translation stage; exits to L1 (a violation may become #VE instead).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct EptFault {
-    /// Violation or misconfiguration.
+    /// What happened.
     pub kind: EptFaultKind,
     /// The guest-physical address whose translation failed.
     pub gpa: GuestPhysAddr,
     /// The linear address being translated, when there is one.
     pub la: Option<LinearAddr>,
+    /// Bit 63 of the entry that decides whether a violation may become #VE: then it may not.
+    pub suppress_ve: bool,
 }
 
 /// Why an access cannot be made.

@@ -1,5 +1,6 @@
 //! Counters of the MMU and the flush policy: what `--stats` calls `tlb` and `--flush-policy` chooses.
 
+use crate::ept::EptCounts;
 use crate::space::PagingMode;
 
 /// Why translations were dropped.
@@ -72,6 +73,16 @@ pub struct MmuStats {
     pub entries_read: u64,
     /// Accessed or dirty flags written.
     pub ad_writes: u64,
+    /// Walks of EPT, several a nested walk at most.
+    pub ept_walks: u64,
+    /// EPT entries read.
+    pub ept_entries_read: u64,
+    /// Accessed or dirty flags written in EPT.
+    pub ept_ad_writes: u64,
+    /// Guest-physical translations that were cached.
+    pub gpa_hits: u64,
+    /// Pages put in the page-modification log.
+    pub pml_logged: u64,
     /// Walks that ended in a fault.
     pub faults: u64,
     /// Switches to another TLB context.
@@ -85,6 +96,13 @@ pub struct MmuStats {
 }
 
 impl MmuStats {
+    pub(crate) fn count_ept(&mut self, c: &EptCounts) {
+        self.ept_walks += c.walks;
+        self.ept_entries_read += c.entries_read;
+        self.ept_ad_writes += c.ad_writes;
+        self.gpa_hits += c.hits;
+        self.pml_logged += c.logged;
+    }
     /// Walks in `mode`.
     #[must_use]
     pub const fn walks_in(&self, mode: PagingMode) -> u64 {

@@ -530,7 +530,7 @@ pub(crate) struct Tags {
 pub(crate) struct Context {
     pub tags: Tags,
     /// `AddressSpace::shape` under which the translations were made.
-    pub shape: u32,
+    pub shape: u64,
     pub pkru: u32,
     pub pkrs: u32,
     /// Bit 2i: a translation depends on PKRU's (PKRS's) rights for key i.

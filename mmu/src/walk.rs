@@ -39,6 +39,8 @@ pub struct Frame {
     pub write: bool,
     /// Fetches are allowed.
     pub exec: bool,
+    /// The second stage's memory type (UC 0, WC 1, WT 4, WP 5, WB 6), and whether it makes the guest's PAT be ignored.
+    pub memory_type: Option<(u8, bool)>,
 }
 
 /// Guest-physical memory as a walk sees it: the seam between guest paging and what lies under it.
@@ -63,11 +65,17 @@ pub trait GuestPhysical {
         la: LinearAddr,
     ) -> Result<bool, EptFault>;
 
-    /// Translates the guest-physical address that guest paging made of `la`.
+    /// Translates the guest-physical address that guest paging made of `la`, `rights` being what its entries allow.
     ///
     /// # Errors
     /// [`EptFault`] when the second stage has no translation or refuses an access of `kind`.
-    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, la: LinearAddr) -> Result<Frame, EptFault>;
+    fn resolve(
+        &mut self,
+        at: GuestPhysAddr,
+        kind: AccessKind,
+        rights: Rights,
+        la: LinearAddr,
+    ) -> Result<Frame, EptFault>;
 }
 
 /// Guest-physical memory without EPT: guest-physical addresses are physical addresses.
@@ -80,24 +88,52 @@ pub struct Direct<'a> {
 }
 
 impl Direct<'_> {
+    /// The entry at `pa`.
+    #[inline]
+    pub(crate) fn load_entry(&self, pa: PhysAddr, width: EntryWidth) -> u64 {
+        let value = self.phys.ram_offset(pa).and_then(|offset| match width {
+            EntryWidth::Four => self.phys.ram().load_u32(offset).map(u64::from),
+            EntryWidth::Eight => self.phys.ram().load_u64(offset),
+        });
+        value.unwrap_or_else(|| self.load_elsewhere(pa, width))
+    }
+
+    /// The 8-byte entry at `pa`.
+    #[inline]
+    pub(crate) fn load_u64(&self, pa: PhysAddr) -> u64 {
+        self.load_entry(pa, EntryWidth::Eight)
+    }
+
     #[cold]
-    fn read_elsewhere(&self, pa: PhysAddr, width: EntryWidth) -> u64 {
+    fn load_elsewhere(&self, pa: PhysAddr, width: EntryWidth) -> u64 {
         let mut b = [0; 8];
         let n = if width == EntryWidth::Four { 4 } else { 8 };
         self.phys.read(pa, &mut b[..n]);
         u64::from_le_bytes(b)
+    }
+
+    /// Replaces the entry at `pa` if it is still `old`; whether it was. True where there is no RAM.
+    pub(crate) fn exchange(&self, pa: PhysAddr, width: EntryWidth, old: u64, new: u64) -> bool {
+        let Some(offset) = self.phys.ram_offset(pa) else { return true };
+        let (done, len) = match width {
+            EntryWidth::Four => (self.phys.ram().exchange_u32(offset, old as u32, new as u32), 4),
+            EntryWidth::Eight => (self.phys.ram().exchange_u64(offset, old, new), 8),
+        };
+        if done == Some(true) {
+            self.code.note_write(pa, len);
+        }
+        done.unwrap_or(true)
+    }
+
+    pub(crate) fn exchange_u64(&self, pa: PhysAddr, old: u64, new: u64) -> bool {
+        self.exchange(pa, EntryWidth::Eight, old, new)
     }
 }
 
 impl GuestPhysical for Direct<'_> {
     #[inline]
     fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, _la: LinearAddr) -> Result<u64, EptFault> {
-        let pa = at.without_ept();
-        let value = self.phys.ram_offset(pa).and_then(|offset| match width {
-            EntryWidth::Four => self.phys.ram().load_u32(offset).map(u64::from),
-            EntryWidth::Eight => self.phys.ram().load_u64(offset),
-        });
-        Ok(value.unwrap_or_else(|| self.read_elsewhere(pa, width)))
+        Ok(self.load_entry(at.without_ept(), width))
     }
 
     fn exchange_entry(
@@ -108,21 +144,18 @@ impl GuestPhysical for Direct<'_> {
         new: u64,
         _la: LinearAddr,
     ) -> Result<bool, EptFault> {
-        let pa = at.without_ept();
-        let Some(offset) = self.phys.ram_offset(pa) else { return Ok(true) };
-        let (done, len) = match width {
-            EntryWidth::Four => (self.phys.ram().exchange_u32(offset, old as u32, new as u32), 4),
-            EntryWidth::Eight => (self.phys.ram().exchange_u64(offset, old, new), 8),
-        };
-        if done == Some(true) {
-            self.code.note_write(pa, len);
-        }
-        Ok(done.unwrap_or(true))
+        Ok(self.exchange(at.without_ept(), width, old, new))
     }
 
     #[inline]
-    fn resolve(&mut self, at: GuestPhysAddr, _kind: AccessKind, _la: LinearAddr) -> Result<Frame, EptFault> {
-        Ok(Frame { pa: at.without_ept(), shift: 64, read: true, write: true, exec: true })
+    fn resolve(
+        &mut self,
+        at: GuestPhysAddr,
+        _kind: AccessKind,
+        _rights: Rights,
+        _la: LinearAddr,
+    ) -> Result<Frame, EptFault> {
+        Ok(Frame { pa: at.without_ept(), shift: 64, read: true, write: true, exec: true, memory_type: None })
     }
 }
 
@@ -144,8 +177,14 @@ impl<M: GuestPhysical> GuestPhysical for Peek<'_, M> {
     ) -> Result<bool, EptFault> {
         Ok(true)
     }
-    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, la: LinearAddr) -> Result<Frame, EptFault> {
-        self.0.resolve(at, kind, la)
+    fn resolve(
+        &mut self,
+        at: GuestPhysAddr,
+        kind: AccessKind,
+        rights: Rights,
+        la: LinearAddr,
+    ) -> Result<Frame, EptFault> {
+        self.0.resolve(at, kind, rights, la)
     }
 }
 
@@ -158,6 +197,8 @@ pub struct Mapping {
     pub guest_page: GuestPhysAddr,
     /// log2 of the page size: 12, 21, 22 or 30; the smaller one where a second stage's page is smaller. 12 without paging.
     pub shift: u8,
+    /// log2 of the size of the guest's page alone: what INVLPG drops.
+    pub guest_shift: u8,
     /// What the guest's entries allow.
     pub rights: Rights,
     /// What the second stage allows; all true without one.
@@ -267,13 +308,14 @@ pub fn walk<M: GuestPhysical>(
 
 /// CR0.PG = 0: everything is allowed, only the second stage may refuse.
 fn unpaged<M: GuestPhysical>(la: LinearAddr, access: Access, memory: &mut M) -> Result<Mapping, Fault> {
-    let guest_page = GuestPhysAddr(la.page().0);
-    let stage2 = memory.resolve(guest_page, access.kind, la).map_err(Fault::Ept)?;
+    let rights = Rights { user: true, write: true, exec: true, pkey: 0 };
+    let stage2 = memory.resolve(GuestPhysAddr(la.0), access.kind, rights, la).map_err(Fault::Ept)?;
     Ok(Mapping {
-        page: stage2.pa,
-        guest_page,
+        page: stage2.pa.page(),
+        guest_page: GuestPhysAddr(la.page().0),
         shift: paging::SHIFT_4K,
-        rights: Rights { user: true, write: true, exec: true, pkey: 0 },
+        guest_shift: paging::SHIFT_4K,
+        rights,
         stage2,
         global: false,
         dirty: true,
@@ -427,15 +469,15 @@ fn finish<M: GuestPhysical>(
     {
         return Ok(None);
     }
-    let offset = la.page().0 & !(u64::MAX << leaf.shift);
-    let guest_page = GuestPhysAddr(leaf.base | offset);
-    let stage2 = memory.resolve(guest_page, access.kind, la).map_err(Fault::Ept)?;
+    let at = GuestPhysAddr(leaf.base | la.0 & !(u64::MAX << leaf.shift));
+    let stage2 = memory.resolve(at, access.kind, rights, la).map_err(Fault::Ept)?;
     let pat = u8::from(leaf.entry & leaf.pat != 0) << 2;
     let pcd_pwt = u8::from(leaf.entry & PCD != 0) << 1 | u8::from(leaf.entry & PWT != 0);
     Ok(Some(Mapping {
         page: stage2.pa.page(),
-        guest_page,
+        guest_page: at.page(),
         shift: leaf.shift.min(stage2.shift),
+        guest_shift: leaf.shift,
         rights,
         stage2,
         global: space.pge && leaf.entry & G != 0,

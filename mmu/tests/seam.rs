@@ -13,7 +13,7 @@ use twofold_arch::{GuestPhysAddr, LinearAddr, PhysAddr};
 use twofold_mmu::walk::WalkCounts;
 use twofold_mmu::{
     AccessKind, AddressSpace, EntryWidth, EptFault, EptFaultKind, Fault, FlushPolicy, Frame, GuestPhysical, GuestRam,
-    PdpteError, load_pdptes, walk,
+    PdpteError, load_pdptes, rights::Rights, walk,
 };
 
 /// Guest-physical page number → (page number in RAM, writable). A page that is absent is an EPT violation.
@@ -28,7 +28,7 @@ const WRITES: u32 = 2;
 
 impl FakeEpt<'_> {
     fn find(&self, at: GuestPhysAddr, write: bool, la: LinearAddr) -> Result<u64, EptFault> {
-        let fault = |q| EptFault { kind: EptFaultKind::Violation(q), gpa: at, la: Some(la) };
+        let fault = |q| EptFault { kind: EptFaultKind::Violation(q), gpa: at, la: Some(la), suppress_ve: false };
         match self.pages.get(&(at.0 >> 12)) {
             None => Err(fault(if write { WRITES } else { READS })),
             Some((_, false)) if write => Err(fault(WRITES)),
@@ -56,10 +56,10 @@ impl GuestPhysical for FakeEpt<'_> {
             EntryWidth::Eight => self.ram.exchange_u64(at, old, new).unwrap(),
         })
     }
-    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, la: LinearAddr) -> Result<Frame, EptFault> {
+    fn resolve(&mut self, at: GuestPhysAddr, kind: AccessKind, _: Rights, la: LinearAddr) -> Result<Frame, EptFault> {
         let pa = PhysAddr(self.find(at, kind == AccessKind::Write, la)?);
         let write = self.pages.get(&(at.0 >> 12)).is_some_and(|p| p.1);
-        Ok(Frame { pa, shift: 12, read: true, write, exec: true })
+        Ok(Frame { pa, shift: 12, read: true, write, exec: true, memory_type: None })
     }
 }
 
@@ -145,7 +145,7 @@ proptest! {
                     match f.kind {
                         EptFaultKind::Violation(READS) => prop_assert!(missing & bit != 0),
                         EptFaultKind::Violation(_) => prop_assert!((missing | read_only) & bit != 0),
-                        EptFaultKind::Misconfiguration => prop_assert!(false),
+                        EptFaultKind::Misconfiguration | EptFaultKind::LogFull => prop_assert!(false),
                     }
                     // Flags set before the fault stay; the walk does not go on from there.
                     expected = gather(machine.ram(), &order);
@@ -177,7 +177,7 @@ fn second_stage_rights_limit_the_tags() {
     let fault = mmu.fill_through(&space, LinearAddr(0), access_of(Op::Write, Who::User), &mut ept).unwrap_err();
     let kind = EptFaultKind::Violation(WRITES);
     let la = Some(LinearAddr(0));
-    assert_eq!(fault, Fault::Ept(EptFault { kind, gpa: GuestPhysAddr(TABLES << 12), la }));
+    assert_eq!(fault, Fault::Ept(EptFault { kind, gpa: GuestPhysAddr(TABLES << 12), la, suppress_ve: false }));
     assert_eq!(fault.exception(false), None, "an EPT fault exits, it is no exception");
     mmu.fill_through(&space, LinearAddr(0x1000), access_of(Op::Read, Who::User), &mut ept).unwrap();
     assert!(mmu.store_cached(user, LinearAddr(0x1000), 8, 1), "the neighbour's D flag was set already");

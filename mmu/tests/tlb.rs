@@ -9,11 +9,12 @@ use std::sync::Arc;
 use common::{Machine, access_of, plain, space_of};
 use model::{Mode, Op, Who};
 use twofold_arch::tbflags::MemMode;
-use twofold_arch::{CpuState, LinearAddr, PhysAddr};
+use twofold_arch::{CpuState, GuestPhysAddr, LinearAddr, PhysAddr};
 use twofold_mmu::mmu::BytesOutcome;
 use twofold_mmu::{
-    Access, AddressSpace, CodePages, Fault, FlushCause, FlushPolicy, GuestRam, Invpcid, Invvpid, JUMP_CACHE_ENTRIES,
-    JumpCacheEntry, LegacyHole, Mmu, PhysMap, ReadOutcome, Target, WriteOutcome, jump_index,
+    Access, AddressSpace, CodePages, EptFault, EptFaultKind, Fault, FlushCause, FlushPolicy, GuestRam, Invpcid,
+    Invvpid, JUMP_CACHE_ENTRIES, JumpCacheEntry, LegacyHole, Mmu, PhysMap, ReadOutcome, Target, WriteOutcome,
+    jump_index,
 };
 
 const READ: Access = Access::read(MemMode::User);
@@ -237,7 +238,13 @@ fn c5_e1_e2_e3_e5_vmx_invalidations() {
     assert_eq!(run(&|m, _| m.invvpid(Invvpid::All)), [true, false, false]);
     assert_eq!(run(&|m, _| m.invept(None)), [true; 3], "INVEPT drops no linear mapping");
     assert_eq!(run(&|m, s| _ = m.vm_transition(s, FlushCause::VmExit, false)), [false, true, true]);
-    assert_eq!(run(&|m, s| m.ept_violation(s, Some(LinearAddr(0x2000)))), [true, false, true]);
+    let fault = EptFault {
+        kind: EptFaultKind::Misconfiguration,
+        gpa: GuestPhysAddr(0),
+        la: Some(LinearAddr(0x2000)),
+        suppress_ve: false,
+    };
+    assert_eq!(run(&|m, s| m.ept_fault(s, &fault)), [true, false, true]);
 }
 
 /// The policy `full` drops everything at everything.

@@ -1,0 +1,266 @@
+//! Guest-physical memory through EPT: what the guest's walk reads its tables through, and the cache of guest-physical
+//! mappings that makes a nested walk cheap.
+//!
+//! Place in the pipeline: [`Nested`] is the [`GuestPhysical`] of [`crate::walk`] while EPT is in use; each reference of the walk
+//! to a guest paging structure is a guest-physical access of its own (row F1). Invariants: a cached mapping is only used
+//! under the EP4TA and the shape it was made under (rows D2, D7) and for an access that it allows; every refusal, and
+//! every flag that must be set, comes from a walk of EPT as it is now. A writable mapping is only cached as such once its D
+//! flag needs no setting.
+//! Sources: SDM Vol 3C, "Caching Translation Information", "EPT Violations", "Exit Qualification for EPT Violations".
+
+use twofold_arch::vmx::ept::{D, R, W};
+use twofold_arch::vmx::qualification::ept_violation as q;
+use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT};
+
+use crate::ept::{EptAccess, EptControls, EptCounts, EptPage, EptWalk, Pml};
+use crate::rights::Rights;
+use crate::space::{AccessKind, EptFault};
+use crate::walk::{Direct, EntryWidth, Frame, GuestPhysical};
+
+const SMALL: usize = 4096;
+const LARGE: usize = 1024;
+const LARGE_SHIFT: u8 = 21;
+
+/// A cached guest-physical mapping.
+#[derive(Clone, Copy)]
+struct Entry {
+    /// Address of the guest-physical page (4 KiB, or 2 MiB), and in the low bits the epoch it was cached in.
+    tag: u64,
+    page: EptPage,
+}
+
+const EMPTY: Entry = Entry { tag: 0, page: EptPage(0) };
+
+/// Epochs fit in a page offset; 0 is never current.
+const EPOCHS: u64 = 1 << PAGE_SHIFT;
+
+/// The guest-physical mappings of one EP4TA under one shape.
+pub(crate) struct GpaCache {
+    /// The EP4TA.
+    pub top: u64,
+    /// `EptControls::shape`.
+    pub shape: u32,
+    /// Time of the last switch to it.
+    pub last_used: u64,
+    epoch: u64,
+    small: Box<[Entry]>,
+    /// 2 MiB pages and pieces of 1 GiB pages.
+    large: Box<[Entry]>,
+}
+
+impl std::fmt::Debug for GpaCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GpaCache").field("top", &self.top).field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+#[inline]
+const fn slot(gpa: GuestPhysAddr, shift: u8, n: usize) -> usize {
+    (gpa.0 >> shift) as usize & (n - 1)
+}
+
+impl GpaCache {
+    pub fn new(c: &EptControls) -> Self {
+        Self {
+            top: c.top,
+            shape: c.shape(),
+            last_used: 0,
+            epoch: 1,
+            small: vec![EMPTY; SMALL].into(),
+            large: vec![EMPTY; LARGE].into(),
+        }
+    }
+
+    /// Empties it for another EP4TA or shape.
+    pub fn reuse(&mut self, c: &EptControls) {
+        self.flush();
+        (self.top, self.shape) = (c.top, c.shape());
+    }
+
+    /// Drops everything.
+    pub fn flush(&mut self) {
+        self.epoch += 1;
+        if self.epoch == EPOCHS {
+            self.epoch = 1;
+            self.small.fill(EMPTY);
+            self.large.fill(EMPTY);
+        }
+    }
+
+    /// Drops what translates `gpa`.
+    pub fn drop_page(&mut self, gpa: GuestPhysAddr) {
+        self.small[slot(gpa, 12, SMALL)] = EMPTY;
+        self.large[slot(gpa, LARGE_SHIFT, LARGE)] = EMPTY;
+    }
+
+    #[inline]
+    fn find(&self, gpa: GuestPhysAddr) -> Option<EptPage> {
+        let e = &self.small[slot(gpa, 12, SMALL)];
+        if e.tag == gpa.page().0 | self.epoch {
+            return Some(e.page);
+        }
+        let e = &self.large[slot(gpa, LARGE_SHIFT, LARGE)];
+        (e.tag == gpa.0 >> LARGE_SHIFT << LARGE_SHIFT | self.epoch).then_some(e.page)
+    }
+
+    fn insert(&mut self, gpa: GuestPhysAddr, page: EptPage) {
+        if page.shift() == 12 {
+            self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page };
+        } else {
+            // A mapping of the address in the other array would be found first.
+            self.small[slot(gpa, 12, SMALL)] = EMPTY;
+            let tag = gpa.0 >> LARGE_SHIFT << LARGE_SHIFT | self.epoch;
+            self.large[slot(gpa, LARGE_SHIFT, LARGE)] = Entry { tag, page };
+        }
+    }
+}
+
+/// Guest-physical memory through EPT.
+pub struct Nested<'a> {
+    memory: Direct<'a>,
+    controls: EptControls,
+    cache: Option<&'a mut GpaCache>,
+    /// `None`: nothing may be changed, neither flags nor the cache.
+    pml: Option<&'a mut Option<Pml>>,
+    /// What a reference to a paging-structure entry needs.
+    table: EptAccess,
+    /// Use no cached mapping, but replace what is cached.
+    pub(crate) bypass: bool,
+    pub(crate) counts: EptCounts,
+}
+
+impl<'a> Nested<'a> {
+    /// What the walk of a linear address uses.
+    pub(crate) fn new(
+        memory: Direct<'a>,
+        controls: EptControls,
+        cache: &'a mut GpaCache,
+        pml: &'a mut Option<Pml>,
+    ) -> Self {
+        // With accessed and dirty flags for EPT, the processor's accesses to guest paging structures count as writes.
+        let (need, bits) = if controls.accessed_dirty { (R | W | D, q::READ | q::WRITE) } else { (R, q::READ) };
+        let table = EptAccess { need, qualification: (bits | q::LINEAR_VALID) as u32, la: None };
+        let (cache, pml) = (Some(cache), Some(pml));
+        Self { memory, controls, cache, pml, table, bypass: false, counts: EptCounts::default() }
+    }
+
+    /// As [`Self::new`], to load PDPTE registers: reads, whatever the flags, for no linear address.
+    pub(crate) fn for_pdptes(mut self) -> Self {
+        self.table = EptAccess { need: R, qualification: q::READ as u32, la: None };
+        self
+    }
+
+    /// A view that changes nothing, uses no cached mapping and needs no rights: for debuggers and traces.
+    pub(crate) fn peek(memory: Direct<'a>, controls: EptControls) -> Self {
+        let table = EptAccess { need: 0, qualification: (q::READ | q::LINEAR_VALID) as u32, la: None };
+        Self { memory, controls, cache: None, pml: None, table, bypass: true, counts: EptCounts::default() }
+    }
+
+    /// The page of `gpa`, if `access` is allowed.
+    #[inline]
+    pub(crate) fn find(&mut self, gpa: GuestPhysAddr, access: &EptAccess) -> Result<EptPage, EptFault> {
+        if !self.bypass
+            && let Some(page) = self.cache.as_ref().and_then(|c| c.find(gpa))
+            && page.0 & access.need == access.need
+        {
+            self.counts.hits += 1;
+            return Ok(page);
+        }
+        self.find_uncached(gpa, access)
+    }
+
+    #[cold]
+    fn find_uncached(&mut self, gpa: GuestPhysAddr, access: &EptAccess) -> Result<EptPage, EptFault> {
+        let mut walk = EptWalk::new();
+        let Some(pml) = self.pml.as_deref_mut() else {
+            return walk.look(&self.controls, self.memory, gpa, access).map_err(|(_, fault)| fault);
+        };
+        let page = walk.walk(&self.controls, self.memory, gpa, access, pml, &mut self.counts)?;
+        if let Some(cache) = self.cache.as_deref_mut() {
+            cache.insert(gpa, page);
+        }
+        Ok(page)
+    }
+
+    fn table_access(&self, la: LinearAddr) -> EptAccess {
+        let la = (self.table.qualification & q::LINEAR_VALID as u32 != 0).then_some(la);
+        EptAccess { la, ..self.table }
+    }
+
+    /// The access of `kind` to a guest-physical address that is (`Some`) or is not the translation of a linear address.
+    pub(crate) fn access(controls: &EptControls, kind: AccessKind, linear: Option<(LinearAddr, Rights)>) -> EptAccess {
+        let user = linear.is_none_or(|(_, r)| r.user);
+        let (need, bit) = match kind {
+            AccessKind::Read => (R, q::READ),
+            AccessKind::Write => (W | D, q::WRITE),
+            AccessKind::Fetch => (controls.fetch_right(user), q::FETCH),
+        };
+        let mut bits = bit;
+        if let Some((_, r)) = linear {
+            bits |= q::LINEAR_VALID | q::TRANSLATION;
+            for (on, bit) in
+                [(r.user, q::LINEAR_USER), (r.write, q::LINEAR_WRITABLE), (!r.exec, q::LINEAR_EXECUTE_DISABLE)]
+            {
+                if on {
+                    bits |= bit;
+                }
+            }
+        }
+        EptAccess { need, qualification: bits as u32, la: linear.map(|(la, _)| la) }
+    }
+
+    /// What the second stage says of a page, for a linear address that is (`user`) a user-mode one.
+    #[inline]
+    pub(crate) fn frame(&self, gpa: GuestPhysAddr, page: EptPage, user: bool) -> Frame {
+        Frame {
+            pa: page.place(gpa),
+            shift: page.shift(),
+            read: page.0 & R != 0,
+            write: page.0 & (W | D) == W | D,
+            exec: page.0 & self.controls.fetch_right(user) != 0,
+            memory_type: Some((page.memory_type(), page.ignores_pat())),
+        }
+    }
+}
+
+impl GuestPhysical for Nested<'_> {
+    #[inline]
+    fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, la: LinearAddr) -> Result<u64, EptFault> {
+        let access = self.table_access(la);
+        let pa = self.find(at, &access)?.place(at);
+        Ok(self.memory.load_entry(pa, width))
+    }
+
+    fn exchange_entry(
+        &mut self,
+        at: GuestPhysAddr,
+        width: EntryWidth,
+        old: u64,
+        new: u64,
+        la: LinearAddr,
+    ) -> Result<bool, EptFault> {
+        if self.pml.is_none() {
+            return Ok(true);
+        }
+        let qualification = (q::READ | q::WRITE | q::LINEAR_VALID) as u32;
+        let access = EptAccess { need: W | D, qualification, la: Some(la) };
+        let pa = self.find(at, &access)?.place(at);
+        Ok(self.memory.exchange(pa, width, old, new))
+    }
+
+    #[inline]
+    fn resolve(
+        &mut self,
+        at: GuestPhysAddr,
+        kind: AccessKind,
+        rights: Rights,
+        la: LinearAddr,
+    ) -> Result<Frame, EptFault> {
+        let mut access = Self::access(&self.controls, kind, Some((la, rights)));
+        if self.pml.is_none() {
+            access = access.without_needs();
+        }
+        let page = self.find(at, &access)?;
+        Ok(self.frame(at, page, rights.user))
+    }
+}
