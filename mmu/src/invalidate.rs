@@ -282,7 +282,7 @@ impl Mmu {
 
     /// The EPTP or an EPT control changed in VMX non-root operation, as by VMFUNC: `new` is the address space from now on. Drops
     /// nothing.
-    pub fn ept_changed(&mut self, new: &AddressSpace) -> View {
+    pub fn switch_eptp(&mut self, new: &AddressSpace) -> View {
         self.switch(new)
     }
 
