@@ -3,8 +3,8 @@
 //! Place in the pipeline: between `thunks` (assembly) and `runtime`. The layouts are `repr(C)` and known to the assembly.
 #![allow(unsafe_code)] // the types of functions that take the state by pointer
 
-use twofold_arch::tbflags::MemMode;
 use twofold_arch::CpuState;
+use twofold_arch::tbflags::MemMode;
 use twofold_ir::{Helper, MemFlags, RmwOp};
 
 /// How control left translated code. In every case but [`Leave::Fault`], `state.rip` is the RIP of the next guest
@@ -107,16 +107,8 @@ impl MemInfo {
     /// What the access does.
     #[must_use]
     pub const fn kind(self) -> AccessKind {
-        const OPS: [RmwOp; 8] = [
-            RmwOp::Add,
-            RmwOp::Sub,
-            RmwOp::And,
-            RmwOp::Or,
-            RmwOp::Xor,
-            RmwOp::Xchg,
-            RmwOp::Xchg,
-            RmwOp::Xchg,
-        ];
+        const OPS: [RmwOp; 8] =
+            [RmwOp::Add, RmwOp::Sub, RmwOp::And, RmwOp::Or, RmwOp::Xor, RmwOp::Xchg, RmwOp::Xchg, RmwOp::Xchg];
         match self.0 >> 4 & 15 {
             0 => AccessKind::Load,
             1 => AccessKind::Store,

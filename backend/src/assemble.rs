@@ -22,7 +22,7 @@ use crate::abi::{AccessKind, MemInfo};
 use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Probe};
 use crate::layout;
 use crate::lower::{Lowered, raise_word};
-use crate::thunks::Thunk;
+use crate::thunk::Thunk;
 
 /// What a relocation refers to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

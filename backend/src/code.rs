@@ -12,7 +12,8 @@ use std::ops::Range;
 
 use crate::abi::Leave;
 use crate::compiler::CompiledTb;
-use crate::thunks::{self, Thunk};
+use crate::thunk::Thunk;
+use crate::thunks;
 
 /// Bytes of a region; no block is larger than [`MAX_TB_BYTES`].
 const REGION: usize = 1 << 20;

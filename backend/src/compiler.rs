@@ -18,7 +18,7 @@ use twofold_ir::Block;
 use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
 use crate::lower::{self, Buffers};
-use crate::thunks::Thunk;
+use crate::thunk::Thunk;
 
 /// How a memory access finds its host address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

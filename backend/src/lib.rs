@@ -16,6 +16,7 @@ mod disasm;
 mod layout;
 mod lower;
 pub mod perf;
+mod thunk;
 #[cfg(target_arch = "x86_64")]
 mod thunks;
 #[cfg(not(target_arch = "x86_64"))]

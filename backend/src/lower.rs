@@ -29,7 +29,7 @@ use twofold_ir::{Block, Op, SideExit, Ty, Value};
 use crate::abi::MemInfo;
 use crate::compiler::CompileError;
 use crate::layout;
-use crate::thunks::Thunk;
+use crate::thunk::Thunk;
 
 /// Name space of external functions that are thunks; the index is the thunk's.
 pub(crate) const NAME_THUNK: u32 = 0;
@@ -77,6 +77,8 @@ struct Shape {
     tail: bool,
     /// I64 parameters, the state included.
     ints: u8,
+    /// Type of the last of them instead, if it may have anything in its upper bits.
+    last: Ty,
     /// V128 parameters.
     vecs: u8,
     /// I64 results: RAX, RDX, RCX; those that mean nothing are registers the callee may change.
@@ -87,10 +89,10 @@ struct Shape {
 
 impl Shape {
     const fn tail(ints: u8) -> Self {
-        Self { tail: true, ints, vecs: 0, rets: 1, vec_rets: 0 }
+        Self { tail: true, ints, last: Ty::I64, vecs: 0, rets: 1, vec_rets: 0 }
     }
     const fn call(ints: u8, rets: u8) -> Self {
-        Self { tail: false, ints, vecs: 0, rets, vec_rets: 0 }
+        Self { tail: false, ints, last: Ty::I64, vecs: 0, rets, vec_rets: 0 }
     }
 }
 
@@ -109,11 +111,7 @@ struct Lowering<'a> {
 }
 
 /// Fills `func` (cleared) with the block's CLIF.
-pub(crate) fn lower(
-    func: &mut Function,
-    block: &Block,
-    buf: &mut Buffers,
-) -> Result<Lowered, CompileError> {
+pub(crate) fn lower(func: &mut Function, block: &Block, buf: &mut Buffers) -> Result<Lowered, CompileError> {
     let mut out = Lowered::default();
     let end = block.end.ok_or(CompileError::Malformed)?;
     func.signature = signature(Shape::tail(1));
@@ -132,17 +130,7 @@ pub(crate) fn lower(
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
-    let mut l = Lowering {
-        cur,
-        block,
-        buf,
-        out: &mut out,
-        state,
-        full,
-        trusted,
-        guest,
-        signatures: Vec::new(),
-    };
+    let mut l = Lowering { cur, block, buf, out: &mut out, state, full, trusted, guest, signatures: Vec::new() };
     let mut next_insn = 0;
     for (i, op) in block.ops.iter().enumerate() {
         while block.insns.get(next_insn).is_some_and(|insn| insn.first as usize <= i) {
@@ -157,7 +145,8 @@ pub(crate) fn lower(
 
 fn signature(shape: Shape) -> Signature {
     let mut s = Signature::new(if shape.tail { CallConv::Tail } else { CallConv::PreserveAll });
-    s.params.extend((0..shape.ints).map(|_| AbiParam::new(types::I64)));
+    s.params.extend((1..shape.ints).map(|_| AbiParam::new(types::I64)));
+    s.params.push(AbiParam::new(clif(shape.last)));
     s.params.extend((0..shape.vecs).map(|_| AbiParam::new(V)));
     s.returns.extend((0..shape.rets).map(|_| AbiParam::new(types::I64)));
     s.returns.extend((0..shape.vec_rets).map(|_| AbiParam::new(V)));
@@ -318,12 +307,7 @@ impl Lowering<'_> {
             Op::Bin { op, ty, a, b } => self.bin(i, op, ty, a, b)?,
             Op::Un { op, ty, a } => self.un(i, op, ty, a)?,
             Op::Cmp { cc, a, b, .. } => self.cmp(i, cc, a, b)?,
-            Op::Select { ty, c, a, b } => {
-                self.out.fixed |= ty == Ty::V128;
-                let (c, a, b) = (self.get(c)?, self.get(a)?, self.get(b)?);
-                let v = self.cur.ins().select(c, a, b);
-                self.set(i, v);
-            }
+            Op::Select { ty, c, a, b } => self.select(i, ty, c, a, b)?,
             Op::Zext { to, a } => self.zext(i, to, a)?,
             Op::Sext { to, a } => {
                 let a = self.get(a)?;

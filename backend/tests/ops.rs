@@ -106,7 +106,13 @@ fn one_operand_ops_and_extensions() {
         for to in INTS {
             compare(&mut rig, &format!("extend {ty:?} {to:?}"), &inputs, |b| {
                 let x = b.get(ty, Loc::gpr(0));
-                let values = if to.bits() > ty.bits() { [b.zext(to, x), b.sext(to, x)] } else if to == ty { [x; 2] } else { [b.trunc(to, x); 2] };
+                let values = if to.bits() > ty.bits() {
+                    [b.zext(to, x), b.sext(to, x)]
+                } else if to == ty {
+                    [x; 2]
+                } else {
+                    [b.trunc(to, x); 2]
+                };
                 b.put(Loc::gpr(2), values[0]);
                 b.put(Loc::gpr(3), values[1]);
                 let again = b.zext(Ty::I64, values[0]);

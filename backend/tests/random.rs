@@ -8,9 +8,9 @@ mod common;
 use common::{Machine, RIP_BASE, Rig, enter};
 use twofold_arch::{CodeSize, TbFlags};
 use twofold_backend::{Leave, Options, Probe};
+use twofold_ir::Block;
 use twofold_ir::eval::{self, Target, reference};
 use twofold_ir::testing::{Rng, Shape, random_block};
-use twofold_ir::Block;
 
 fn block(rng: &mut Rng) -> Block {
     let shape = Shape::random(rng);

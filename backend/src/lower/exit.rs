@@ -8,7 +8,7 @@ use twofold_ir::{Exit, SideExit};
 use super::{EXIT_SHIFT, Lowering, MAX_TRAPS, NAME_SLOT, Shape};
 use crate::compiler::CompileError;
 use crate::layout;
-use crate::thunks::Thunk;
+use crate::thunk::Thunk;
 
 impl Lowering<'_> {
     /// Leaves when `c` is not 0.

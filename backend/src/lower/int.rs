@@ -1,8 +1,8 @@
 //! Lowering of integer ops: arithmetic, shifts, bit counts, comparisons, extensions. None may trap whatever the operands.
 
-use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::condcodes::{CondCode, IntCC};
 use cranelift_codegen::ir::{InstBuilder, Type, Value as Clif, types};
-use twofold_ir::{BinOp, IntCc, Ty, UnOp, Value};
+use twofold_ir::{BinOp, IntCc, Op, Ty, UnOp, Value};
 
 use super::{Lowering, clif};
 use crate::compiler::CompileError;
@@ -131,19 +131,28 @@ impl Lowering<'_> {
 
     pub(super) fn cmp(&mut self, i: usize, cc: IntCc, a: Value, b: Value) -> Result<(), CompileError> {
         let (x, y) = (self.get(a)?, self.get(b)?);
-        let cc = match cc {
-            IntCc::Eq => IntCC::Equal,
-            IntCc::Ne => IntCC::NotEqual,
-            IntCc::Ult => IntCC::UnsignedLessThan,
-            IntCc::Ule => IntCC::UnsignedLessThanOrEqual,
-            IntCc::Ugt => IntCC::UnsignedGreaterThan,
-            IntCc::Uge => IntCC::UnsignedGreaterThanOrEqual,
-            IntCc::Slt => IntCC::SignedLessThan,
-            IntCc::Sle => IntCC::SignedLessThanOrEqual,
-            IntCc::Sgt => IntCC::SignedGreaterThan,
-            IntCc::Sge => IntCC::SignedGreaterThanOrEqual,
+        let v = self.cur.ins().icmp(condition(cc), x, y);
+        self.set(i, v);
+        Ok(())
+    }
+
+    pub(super) fn select(&mut self, i: usize, ty: Ty, c: Value, a: Value, b: Value) -> Result<(), CompileError> {
+        // Vectors are selected by a branch.
+        self.out.fixed |= ty == Ty::V128;
+        let (x, y) = (self.get(a)?, self.get(b)?);
+        let constant = |v: Value| matches!(self.block.op(v), Op::Const { .. });
+        // A constant is better second: first, it would be loaded from memory behind the code.
+        let v = match *self.block.op(c) {
+            Op::Cmp { cc, a: p, b: q, .. } if constant(a) && !constant(b) => {
+                let (p, q) = (self.get(p)?, self.get(q)?);
+                let c = self.cur.ins().icmp(condition(cc).complement(), p, q);
+                self.cur.ins().select(c, y, x)
+            }
+            _ => {
+                let c = self.get(c)?;
+                self.cur.ins().select(c, x, y)
+            }
         };
-        let v = self.cur.ins().icmp(cc, x, y);
         self.set(i, v);
         Ok(())
     }
@@ -159,5 +168,20 @@ impl Lowering<'_> {
             self.buf.wide[i] = self.buf.wide[a.index()];
         }
         Ok(())
+    }
+}
+
+fn condition(cc: IntCc) -> IntCC {
+    match cc {
+        IntCc::Eq => IntCC::Equal,
+        IntCc::Ne => IntCC::NotEqual,
+        IntCc::Ult => IntCC::UnsignedLessThan,
+        IntCc::Ule => IntCC::UnsignedLessThanOrEqual,
+        IntCc::Ugt => IntCC::UnsignedGreaterThan,
+        IntCc::Uge => IntCC::UnsignedGreaterThanOrEqual,
+        IntCc::Slt => IntCC::SignedLessThan,
+        IntCc::Sle => IntCC::SignedLessThanOrEqual,
+        IntCc::Sgt => IntCC::SignedGreaterThan,
+        IntCc::Sge => IntCC::SignedGreaterThanOrEqual,
     }
 }

@@ -32,9 +32,8 @@ impl Lowering<'_> {
             let shape = Shape { vecs: 1, ..Shape::call(2, 3) };
             self.probe(AccessKind::Store, ty, flags, shape, &[addr, x]);
         } else {
-            // The upper bits do not matter, but the operand must be a whole register.
-            let x = self.zext64(v)?;
-            self.probe(AccessKind::Store, ty, flags, Shape::call(3, 3), &[addr, x]);
+            let x = self.get(v)?;
+            self.probe(AccessKind::Store, ty, flags, Shape { last: ty, ..Shape::call(3, 3) }, &[addr, x]);
         }
         Ok(())
     }

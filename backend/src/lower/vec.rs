@@ -11,7 +11,7 @@ use twofold_ir::{Ty, Value, VecOp};
 
 use super::{Lowering, Shape, V};
 use crate::compiler::CompileError;
-use crate::thunks::Thunk;
+use crate::thunk::Thunk;
 
 impl Lowering<'_> {
     pub(super) fn pair(&mut self, i: usize, lo: Value, hi: Value) -> Result<(), CompileError> {
@@ -62,7 +62,7 @@ impl Lowering<'_> {
         list.extend((0..3).filter(of(Ty::V128)).map(|n| x[n]));
         let vecs = list.len() as u8 - ints;
         let int = sig.result == Ty::I64;
-        let shape = Shape { tail: false, ints: ints + 1, vecs, rets: u8::from(int), vec_rets: u8::from(!int) };
+        let shape = Shape { vecs, vec_rets: u8::from(!int), ..Shape::call(ints + 1, u8::from(int)) };
         self.call(thunk, shape, &list).ok_or(CompileError::Malformed)
     }
 
@@ -83,7 +83,7 @@ impl Lowering<'_> {
             };
         }
         // RAX is the thunk's to clobber: the first result.
-        let shape = Shape { tail: false, ints: 2, vecs: 3, rets: 1, vec_rets: 1 };
+        let shape = Shape { vecs: 3, vec_rets: 1, ..Shape::call(2, 1) };
         let r = self.call_results(Thunk::VEC_EVAL, shape, &v)[1];
         if sig.result == Ty::V128 {
             return Ok(r);
@@ -110,8 +110,12 @@ impl Lowering<'_> {
             O::Or => self.cur.ins().bor(a, b),
             O::Xor => self.cur.ins().bxor(a, b),
             O::Andn => self.cur.ins().band_not(b, a),
-            O::Paddb | O::Paddw | O::Paddd | O::Paddq => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().iadd(x, y)),
-            O::Psubb | O::Psubw | O::Psubd | O::Psubq => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().isub(x, y)),
+            O::Paddb | O::Paddw | O::Paddd | O::Paddq => {
+                self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().iadd(x, y))
+            }
+            O::Psubb | O::Psubw | O::Psubd | O::Psubq => {
+                self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().isub(x, y))
+            }
             O::Pmullw | O::Pmulld => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().imul(x, y)),
             O::Pcmpeqb | O::Pcmpeqw | O::Pcmpeqd => {
                 self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().icmp(IntCC::Equal, x, y))

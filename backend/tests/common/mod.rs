@@ -70,12 +70,30 @@ fn trash() {
     // SAFETY: caller-saved registers, declared as clobbered.
     unsafe {
         core::arch::asm!(
-            "mov rcx, 0x1111", "mov rdx, 0x2222", "mov rsi, 0x3333", "mov rdi, 0x4444", "mov r8, 0x5555",
-            "mov r9, 0x6666", "mov r10, 0x7777", "mov r11, 0x8888",
-            "pcmpeqd xmm0, xmm0", "pcmpeqd xmm1, xmm1", "pcmpeqd xmm2, xmm2", "pcmpeqd xmm3, xmm3",
-            "pcmpeqd xmm4, xmm4", "pcmpeqd xmm5, xmm5", "pcmpeqd xmm6, xmm6", "pcmpeqd xmm7, xmm7",
-            "pcmpeqd xmm8, xmm8", "pcmpeqd xmm9, xmm9", "pcmpeqd xmm10, xmm10", "pcmpeqd xmm11, xmm11",
-            "pcmpeqd xmm12, xmm12", "pcmpeqd xmm13, xmm13", "pcmpeqd xmm14, xmm14", "pcmpeqd xmm15, xmm15",
+            "mov rcx, 0x1111",
+            "mov rdx, 0x2222",
+            "mov rsi, 0x3333",
+            "mov rdi, 0x4444",
+            "mov r8, 0x5555",
+            "mov r9, 0x6666",
+            "mov r10, 0x7777",
+            "mov r11, 0x8888",
+            "pcmpeqd xmm0, xmm0",
+            "pcmpeqd xmm1, xmm1",
+            "pcmpeqd xmm2, xmm2",
+            "pcmpeqd xmm3, xmm3",
+            "pcmpeqd xmm4, xmm4",
+            "pcmpeqd xmm5, xmm5",
+            "pcmpeqd xmm6, xmm6",
+            "pcmpeqd xmm7, xmm7",
+            "pcmpeqd xmm8, xmm8",
+            "pcmpeqd xmm9, xmm9",
+            "pcmpeqd xmm10, xmm10",
+            "pcmpeqd xmm11, xmm11",
+            "pcmpeqd xmm12, xmm12",
+            "pcmpeqd xmm13, xmm13",
+            "pcmpeqd xmm14, xmm14",
+            "pcmpeqd xmm15, xmm15",
             clobber_abi("C")
         );
     }
