@@ -85,6 +85,24 @@ fn the_whole_pipeline() {
     preserves(&Options::default(), 30_000);
 }
 
+#[test]
+fn flags_that_are_dead_at_an_exit_are_not_left_behind() {
+    let text = "block flags 0x2 retired 1\ninsn 0x0 len 3\na = get.i64 rax\nb = get.i64 rbx\nd = sub.i64 a, b\n\
+                put.i64 cc_dst, d\nput.i64 cc_src, b\nk = const.i32 0xf\nput.i32 cc_op, k\n\
+                c = cond.z\nexit_if.0 c retired 1 jump 0x10\nend jump 0x20\n";
+    let puts = |dead: &[u16]| {
+        let mut block = twofold_ir::parse::parse(text).unwrap();
+        let at = |e: &Exit| matches!(e, Exit::Jump { off } if dead.contains(off));
+        Passes::default().run(&mut block, &Options { flags_dead_at_exit: Some(&at), ..Options::default() });
+        verify(&block).unwrap();
+        block.ops.iter().filter(|o| matches!(o, Op::Put { .. })).count()
+    };
+    assert_eq!(puts(&[]), 3);
+    assert_eq!(puts(&[0x10]), 3);
+    assert_eq!(puts(&[0x20]), 3);
+    assert_eq!(puts(&[0x10, 0x20]), 0);
+}
+
 /// A condition on flags of a known kind, by the passes, against `arch::flags`.
 fn check_condition(passes: &mut Passes, op: CcOp, cc: CondCode, values: &[[u64; 3]], visible: bool) {
     let mut b = Builder::new(TbFlags(2));

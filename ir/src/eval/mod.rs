@@ -2,7 +2,7 @@
 //!
 //! Place in the pipeline: after the passes, for blocks that have not run often enough to be worth compiling.
 //! [`Program::new`] lowers a block to words for a register machine whose registers are the guest state itself and some
-//! temporaries beside it (`lower`, `word`); [`Program::run`] runs them (`run`). [`reference`] runs the ops of a block one
+//! temporaries beside it (`lower`, `word`); [`Program::run`] runs them (`run`). [`mod@reference`] runs the ops of a block one
 //! by one, slowly: the model that everything else is tested against.
 
 mod env;
@@ -84,7 +84,7 @@ pub enum Leave {
 pub struct Program {
     /// Empty when there is a fallback.
     words: Box<[u64]>,
-    /// Run this by [`reference`] instead: it needs more temporaries than there are.
+    /// Run this by [`mod@reference`] instead: it needs more temporaries than there are.
     fallback: Option<Box<Block>>,
 }
 

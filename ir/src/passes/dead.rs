@@ -72,25 +72,33 @@ impl Scratch {
         }
     }
     fn read(&mut self, ty: Ty, loc: Loc) {
-        for (w, bytes) in parts(ty, loc) {
+        let mut part = |w: usize, bytes: u8| {
             self.set_over(w, self.over(w) & !bytes);
-            if let Some(i) = [DST, SRC, SRC2].iter().position(|&x| x == w) {
+            if let Some(i) = cc_word(w) {
                 self.exposed[i] = true;
             }
+        };
+        match single(ty, loc) {
+            Some((w, bytes)) => part(w, bytes),
+            None => parts(ty, loc).for_each(|(w, bytes)| part(w, bytes)),
         }
     }
     /// A put; whether it is dead.
     fn put(&mut self, ops: &[Op], ty: Ty, loc: Loc, v: Value) -> bool {
         let mut dead = true;
-        for (w, bytes) in parts(ty, loc) {
+        let mut part = |w: usize, bytes: u8| {
             let over = self.over(w);
             dead &= over & bytes == bytes && w < WORDS;
             self.set_over(w, over | bytes);
             if bytes == 0xff
-                && let Some(i) = [DST, SRC, SRC2].iter().position(|&x| x == w)
+                && let Some(i) = cc_word(w)
             {
                 self.exposed[i] = false;
             }
+        };
+        match single(ty, loc) {
+            Some((w, bytes)) => part(w, bytes),
+            None => parts(ty, loc).for_each(|(w, bytes)| part(w, bytes)),
         }
         if loc == Loc::CC_OP && !dead {
             let kind = match ops[v.index()] {
@@ -112,6 +120,20 @@ impl Scratch {
             }
         }
     }
+}
+
+/// Which of DST, SRC, SRC2 a word is.
+#[inline]
+fn cc_word(w: usize) -> Option<usize> {
+    (DST..=SRC2).contains(&w).then(|| w - DST)
+}
+const _: () = assert!(SRC == DST + 1 && SRC2 == DST + 2);
+
+/// The one word a field is in, with its bytes, if it is one.
+#[inline]
+fn single(ty: Ty, loc: Loc) -> Option<(usize, u8)> {
+    let (byte, n) = (u32::from(loc.0 % 8), ty.bytes());
+    (byte + n <= 8).then(|| (loc.0 as usize / 8, (((1u32 << n) - 1) << byte) as u8))
 }
 
 /// The words a field has bytes in, with the bytes.

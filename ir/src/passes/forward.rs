@@ -16,13 +16,18 @@ pub(super) struct Scratch {
     out: Vec<Op>,
     map: Vec<Value>,
     known: Known,
+    consts: [u16; CONSTS],
 }
+
+/// How many constants are remembered, to use one op for several.
+const CONSTS: usize = 16;
 
 /// The walk's state.
 pub(super) struct Forward<'a> {
     /// The new ops.
     pub out: &'a mut Vec<Op>,
     known: &'a mut Known,
+    consts: &'a mut [u16; CONSTS],
     fold: bool,
 }
 
@@ -32,11 +37,12 @@ pub(super) fn run(block: &mut Block, options: &Options<'_>, scratch: &mut Scratc
     if block.ops.len() > Block::MAX_OPS + 1000 {
         return;
     }
-    let Scratch { out, map, known } = scratch;
+    let Scratch { out, map, known, consts } = scratch;
+    consts.fill(0);
     out.clear();
     map.clear();
     known.clear();
-    let mut f = Forward { out, known, fold: options.fold };
+    let mut f = Forward { out, known, consts, fold: options.fold };
     let mut next_insn = 0;
     for (i, op) in block.ops.iter().enumerate() {
         while let Some(insn) = block.insns.get_mut(next_insn).filter(|x| x.first as usize <= i) {
@@ -136,10 +142,24 @@ impl Forward<'_> {
                 }
             }
         }
-        self.push(op)
+        match op {
+            Op::Const { ty, imm } => self.iconst(ty, imm),
+            _ => self.push(op),
+        }
     }
     pub fn iconst(&mut self, ty: Ty, imm: u64) -> Value {
-        self.push(Op::Const { ty, imm: imm & ty.mask() })
+        let op = Op::Const { ty, imm: imm & ty.mask() };
+        if !self.fold {
+            return self.push(op);
+        }
+        let place = (imm as usize ^ imm as usize >> 4 ^ (ty as usize) << 2) % CONSTS;
+        let seen = Value(self.consts[place]);
+        if self.out.get(seen.index()) == Some(&op) {
+            return seen;
+        }
+        let v = self.push(op);
+        self.consts[place] = v.0;
+        v
     }
     pub fn bin(&mut self, op: BinOp, ty: Ty, a: Value, b: Value) -> Value {
         self.emit(Op::Bin { op, ty, a, b })

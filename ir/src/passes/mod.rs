@@ -10,6 +10,9 @@ mod dead;
 mod fold;
 mod forward;
 mod known;
+mod lookahead;
+
+pub use lookahead::overwrites_flags;
 
 use crate::block::{Block, Exit};
 
@@ -25,7 +28,7 @@ pub struct Options<'a> {
     /// Remove puts that are overwritten before anybody can see them, and ops nobody uses.
     pub dead: bool,
     /// Whether the arithmetic flags are dead where an exit leads (all of them are overwritten there before anything can
-    /// see them).
+    /// see them). [`overwrites_flags`] tells for a block, and says what is given up.
     pub flags_dead_at_exit: Option<&'a dyn Fn(&Exit) -> bool>,
 }
 
