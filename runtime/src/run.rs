@@ -98,13 +98,18 @@ impl std::error::Error for Error {}
 /// When the machine cannot be built as `config` says, or twofold itself fails.
 pub fn run(config: &Config) -> Result<RunOutcome, Error> {
     let start = Instant::now();
-    let mut vcpu = Machine::new(config)?.boot(config)?;
-    config.control.set_kick(vcpu.waker.as_kick());
+    let mut vcpus = Machine::new(config)?.boot(config)?;
+    let waker = vcpus[0].waker.clone();
+    config.control.set_kick(waker.as_kick());
     if let Some(limit) = config.timeout {
         config.control.arm_timeout(limit);
     }
-    let end = exec::run(&mut vcpu, &config.control);
-    vcpu.waker.detach();
+    let (end, last) = exec::turns::run(&mut vcpus, &config.control);
+    waker.detach();
+    // The one that ended the run holds the blocks; the file tells of it and of what all retired.
+    let total = vcpus.iter().map(|v| v.state.retired).sum();
+    let vcpu = &mut vcpus[last];
+    vcpu.state.retired = total;
     vcpu.platform().flush();
     vcpu.trace.flush();
     let ending = match end {
@@ -112,7 +117,8 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
         RunEnd::Outcome(Outcome::DebugExit(v)) => Ending::DebugExit(v),
         RunEnd::Outcome(Outcome::Reset) => Ending::Reset,
         RunEnd::Shutdown(Shutdown::TripleFault) => Ending::TripleFault,
-        RunEnd::Halted => Ending::Halted,
+        // A machine does not end with a turn.
+        RunEnd::Halted | RunEnd::TurnOver | RunEnd::Asleep => Ending::Halted,
         RunEnd::Stopped(reason) => Ending::Stopped(reason),
     };
     let dump = matches!(ending, Ending::Reset | Ending::TripleFault | Ending::Halted);
@@ -125,10 +131,10 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
             peak_rss: usage.peak_rss,
             guest_memory: config.memory,
         };
-        let value = stats::collect(&vcpu, &facts, |_| None);
+        let value = stats::collect(vcpu, &facts, |_| None);
         serde_json::to_string_pretty(&value).unwrap_or_default()
     });
-    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(&vcpu)), stats })
+    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(vcpu)), stats })
 }
 
 /// The parts of a machine before anything runs.
@@ -141,9 +147,6 @@ struct Machine {
 impl Machine {
     fn new(config: &Config) -> Result<Self, Error> {
         let usage = |e: &dyn fmt::Display| Error::Usage(e.to_string());
-        if config.cpus != 1 {
-            return Err(Error::Usage(format!("--cpus {}: only 1 processor is implemented; leave the option out", config.cpus)));
-        }
         let model = CpuModel::parse(&config.cpu_model).map_err(|e| usage(&format!("--cpu: {e}")))?;
         let ram = GuestRam::new(config.memory).map_err(|e| usage(&format!("--memory: {e}")))?;
         let mut map = PhysMap::new(Arc::new(ram), LegacyHole::default());
@@ -160,54 +163,66 @@ impl Machine {
         Ok(Self { shared: Arc::new(shared), model: Arc::new(model), waker })
     }
 
-    /// Loads the guest and makes the boot processor ready for its first instruction.
-    fn boot(self, config: &Config) -> Result<Box<Vcpu>, Error> {
+    /// Loads the guest and makes the processors: the first one ready for its first instruction, the others waiting.
+    fn boot(self, config: &Config) -> Result<Vec<Box<Vcpu>>, Error> {
         let loaded = boot::load(config, &self.shared.map).map_err(|e| Error::Usage(e.to_string()))?;
-        let mut vcpu = self.vcpu(config)?;
-        cpu::reset(&mut vcpu);
-        loaded.entry.apply(&mut vcpu.state);
-        cpu::refresh_space(&mut vcpu);
-        vcpu.mmu.reset(&vcpu.space).store(&mut vcpu.state);
-        if loaded.without_firmware {
-            vcpu.cold.firmware_mtrrs();
-            vcpu.platform().enter_virtual_wire_mode();
-        }
-        if vcpu.debug.has(DebugItem::Boot) {
+        let mut trace = open_trace(config)?;
+        if config.debug.has(DebugItem::Boot) {
             for line in &loaded.report {
-                vcpu.trace.write(&format!("boot: {line}\n"));
+                trace.write(&format!("boot: {line}\n"));
             }
         }
-        Ok(vcpu)
+        let map = &self.shared.map;
+        let code = Arc::new(CodePages::new(map.high_ram_end().max(map.low_ram_end())));
+        let mut vcpus = Vec::new();
+        for index in 0..config.cpus as usize {
+            let mut vcpu = self.vcpu(config, index, &code)?;
+            vcpu.trace = trace.clone();
+            vcpu.cold.cpus = config.cpus;
+            cpu::reset(&mut vcpu);
+            vcpu.wait_for_sipi = index != 0;
+            if loaded.without_firmware {
+                vcpu.cold.firmware_mtrrs();
+            }
+            vcpus.push(vcpu);
+        }
+        let boot = &mut vcpus[0];
+        boot.waker = self.waker;
+        boot.waker.attach(&boot.state.attention);
+        loaded.entry.apply(&mut boot.state);
+        cpu::refresh_space(boot);
+        boot.mmu.reset(&boot.space).store(&mut boot.state);
+        if loaded.without_firmware {
+            boot.platform().enter_virtual_wire_mode();
+        }
+        Ok(vcpus)
     }
 
-    fn vcpu(self, config: &Config) -> Result<Box<Vcpu>, Error> {
+    fn vcpu(&self, config: &Config, index: usize, code: &Arc<CodePages>) -> Result<Box<Vcpu>, Error> {
         let policy = match config.flush_policy {
             crate::config::FlushPolicy::Tagged => twofold_mmu::FlushPolicy::Tagged,
             crate::config::FlushPolicy::Full => twofold_mmu::FlushPolicy::Full,
         };
-        let map = self.shared.map.clone();
-        let code = Arc::new(CodePages::new(map.high_ram_end().max(map.low_ram_end())));
-        let mmu = Mmu::new(map, code, policy).map_err(|e| Error::Internal(format!("no memory for the TLB: {e}")))?;
-        let trace = match &config.trace_file {
-            None => Trace::default(),
-            Some(path) => {
-                let file = std::fs::File::create(path)
-                    .map_err(|e| Error::Usage(format!("--trace-file: cannot create {}: {e}", path.display())))?;
-                Trace::new(Box::new(std::io::BufWriter::new(file)))
-            }
-        };
-        let jit = exec::Jit::new(config.tier, twofold_backend::Options::default());
-        let mut vcpu = Vcpu::new(0, self.shared, self.model, mmu, jit);
+        let mmu = Mmu::new(self.shared.map.clone(), code.clone(), policy)
+            .map_err(|e| Error::Internal(format!("no memory for the TLB: {e}")))?;
+        // The machinery goes round; whoever does not have it has one without host code.
+        let tier = if index == 0 { config.tier } else { crate::config::Tier::Eval };
+        let jit = exec::Jit::new(tier, twofold_backend::Options::default());
+        let mut vcpu = Vcpu::new(index, self.shared.clone(), self.model.clone(), mmu, jit);
         vcpu.profile.on = config.stats.is_some();
         if config.stats.is_some() {
             vcpu.jit.counts.turn_on();
         }
-        vcpu.waker = self.waker;
         vcpu.debug = config.debug;
-        vcpu.trace = trace;
-        vcpu.waker.attach(&vcpu.state.attention);
         Ok(vcpu)
     }
+}
+
+fn open_trace(config: &Config) -> Result<Trace, Error> {
+    let Some(path) = &config.trace_file else { return Ok(Trace::default()) };
+    let file = std::fs::File::create(path)
+        .map_err(|e| Error::Usage(format!("--trace-file: cannot create {}: {e}; name a file in a directory you may write to", path.display())))?;
+    Ok(Trace::new(Box::new(std::io::BufWriter::new(file))))
 }
 
 /// What the operating system says of this process.

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The trace output of a run: standard error, or a file.
-pub struct Trace {
+/// The trace output of a run: standard error, or a file. Clones write to the same place.
+#[derive(Clone)]
+pub struct Trace(Arc<Mutex<Inner>>);
+
+struct Inner {
     out: Box<dyn Write + Send>,
     warned: BTreeSet<String>,
 }
@@ -25,19 +29,22 @@ impl Trace {
     /// Traces to `out`.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>) -> Self {
-        Self { out, warned: BTreeSet::new() }
+        Self(Arc::new(Mutex::new(Inner { out, warned: BTreeSet::new() })))
+    }
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Writes text. A trace that cannot be written is no reason to stop a guest.
     pub fn write(&mut self, text: &str) {
-        let _ = self.out.write_all(text.as_bytes());
+        let _ = self.lock().out.write_all(text.as_bytes());
     }
     /// Writes what is buffered.
     pub fn flush(&mut self) {
-        let _ = self.out.flush();
+        let _ = self.lock().out.flush();
     }
     /// Warns on standard error, once for each `key`.
     pub fn warn_once(&mut self, key: &str, text: &str) {
-        if self.warned.insert(key.to_owned()) {
+        if self.lock().warned.insert(key.to_owned()) {
             eprintln!("twofold: warning: {text}");
         }
     }

@@ -15,15 +15,20 @@ use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, 
 use crate::config::{DebugItem, DebugItems};
 use crate::cpu::{ColdState, CpuModel};
 use crate::exec::counters::{Phase, Profile};
+use crate::exec::turns::Broadcast;
+use crate::exec::dispatch::{PENDING_EXCEPTION, PENDING_VM_EXIT};
 use crate::exec::{Counters, Jit, Waker};
 use crate::platform::{Platform, clock::Clock};
 use crate::trace::Trace;
+use crate::vmx::{self, VmxState};
 
 /// Why an instruction was abandoned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Trap {
     /// An exception to be delivered with RIP at the instruction.
     Exception(Exception),
+    /// A VM exit, whose particulars are in [`Vcpu::vmx`].
+    VmExit,
 }
 
 impl From<Exception> for Trap {
@@ -33,9 +38,13 @@ impl From<Exception> for Trap {
 }
 
 impl Trap {
-    /// Writes the trap where translated code's caller finds it; `pending` is left to the caller.
+    /// Writes the trap where translated code's caller finds it.
     pub fn record(self, record: &mut FaultRecord) {
-        let Trap::Exception(e) = self;
+        let Trap::Exception(e) = self else {
+            record.pending = PENDING_VM_EXIT;
+            return;
+        };
+        record.pending = PENDING_EXCEPTION;
         record.vector = e.vector as u32;
         record.error = e.error.unwrap_or(0);
         record.has_error = u32::from(e.error.is_some());
@@ -44,6 +53,9 @@ impl Trap {
     /// The trap in a record. A vector there is none of reads as #UD.
     #[must_use]
     pub fn from_record(record: &FaultRecord) -> Trap {
+        if record.pending == PENDING_VM_EXIT {
+            return Trap::VmExit;
+        }
         let vector = twofold_arch::Vector::from_number(record.vector as u8).unwrap_or(twofold_arch::Vector::InvalidOpcode);
         Trap::Exception(Exception { vector, error: (record.has_error != 0).then_some(record.error), cr2: record.cr2 })
     }
@@ -96,6 +108,8 @@ pub struct Vcpu {
     pub shared: Arc<Shared>,
     /// Rarely used registers.
     pub cold: ColdState,
+    /// VMX.
+    pub vmx: VmxState,
     /// Counters of events.
     pub counters: Counters,
     /// Where its thread's time goes.
@@ -104,6 +118,12 @@ pub struct Vcpu {
     pub jit: Jit,
     /// Its ear for other threads.
     pub waker: Arc<Waker>,
+    /// Runs in turn with others on one thread (see [`crate::exec::turns`]).
+    pub in_turn: bool,
+    /// Gives up the rest of its turn: it spins.
+    pub yields: bool,
+    /// Waits for a start-up IPI.
+    pub wait_for_sipi: bool,
     /// What `-d` traces.
     pub debug: DebugItems,
     /// Where traces go.
@@ -124,10 +144,14 @@ impl Vcpu {
             model,
             shared,
             cold: ColdState::default(),
+            vmx: VmxState::default(),
             counters: Counters::default(),
             profile: Profile::default(),
             jit,
             waker: Waker::new(),
+            in_turn: false,
+            yields: false,
+            wait_for_sipi: false,
             debug: DebugItems::default(),
             trace: Trace::default(),
             traced_mmu: MmuStats::default(),
@@ -159,6 +183,27 @@ impl Vcpu {
             self.profile.phase = phase;
         }
         was
+    }
+
+    /// Has the other vCPUs follow what this one does to the blocks, before their next turn.
+    pub fn tell_others(&mut self, what: Broadcast) {
+        if self.in_turn {
+            self.jit.broadcasts.push(what);
+        }
+    }
+
+    /// Whether anything but INIT and NMI can end its sleep.
+    #[must_use]
+    pub fn can_take_interrupts(&self) -> bool {
+        !self.wait_for_sipi && self.state.rflags_sys & rflags::IF != 0
+    }
+
+    /// PAUSE: it spins, so the processor it waits for should have its turn.
+    pub fn pause(&mut self) {
+        if self.in_turn {
+            self.yields = true;
+            self.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 
     /// Reads a port.
@@ -246,7 +291,7 @@ impl Vcpu {
         let stack = matches!(on_behalf, MemAs::Stack | MemAs::InnerStack);
         let r = self.mmu.translate(&self.space, la, access);
         self.after_fill(la, r.as_ref().err());
-        let t = r.map_err(|f| trap_of(f, stack))?;
+        let t = r.map_err(|f| self.trap_of(f, stack))?;
         Ok(t.host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
     }
 
@@ -288,7 +333,7 @@ impl Vcpu {
     pub fn resolve_write(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<twofold_mmu::Parts, Trap> {
         let r = self.mmu.resolve(&self.space, la, size, Access::write(mode));
         self.after_fill(la, r.as_ref().err());
-        r.map_err(|f| trap_of(f, stack))
+        r.map_err(|f| self.trap_of(f, stack))
     }
 
     /// The physical address of the instruction byte at `la`.
@@ -299,7 +344,7 @@ impl Vcpu {
         let user = self.state.cpl == 3;
         let r = self.mmu.translate_fetch(&self.space, la, user);
         self.after_fill(la, r.as_ref().err());
-        Ok(r.map_err(|f| trap_of(f, false))?.pa)
+        Ok(r.map_err(|f| self.trap_of(f, false))?.pa)
     }
 
     /// Puts an entry in the jump cache for the code at `la`.
@@ -341,7 +386,7 @@ impl Vcpu {
     fn read_access(&mut self, la: LinearAddr, size: u32, access: Access, stack: bool) -> Result<u64, Trap> {
         let r = self.mmu.read(&self.space, la, size, access);
         self.after_fill(la, r.as_ref().err());
-        match r.map_err(|f| trap_of(f, stack))? {
+        match r.map_err(|f| self.trap_of(f, stack))? {
             ReadOutcome::Value(v) => Ok(v),
             ReadOutcome::Io(parts) => {
                 let mut b = [0; 8];
@@ -354,7 +399,7 @@ impl Vcpu {
     fn write_access(&mut self, la: LinearAddr, size: u32, value: u64, access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write(&self.space, la, size, value, access);
         self.after_fill(la, r.as_ref().err());
-        match r.map_err(|f| trap_of(f, stack))? {
+        match r.map_err(|f| self.trap_of(f, stack))? {
             WriteOutcome::Done { code: false } => {}
             WriteOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
             WriteOutcome::Io(parts) => self.write_parts(parts.iter(), &value.to_le_bytes()),
@@ -365,7 +410,7 @@ impl Vcpu {
     fn read_bytes_access(&mut self, la: LinearAddr, buf: &mut [u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.read_bytes(&self.space, la, buf, access);
         self.after_fill(la, r.as_ref().err());
-        if let BytesOutcome::Io(parts) = r.map_err(|f| trap_of(f, stack))? {
+        if let BytesOutcome::Io(parts) = r.map_err(|f| self.trap_of(f, stack))? {
             self.read_parts(parts.into_iter(), buf);
         }
         Ok(())
@@ -374,7 +419,7 @@ impl Vcpu {
     fn write_bytes_access(&mut self, la: LinearAddr, data: &[u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write_bytes(&self.space, la, data, access);
         self.after_fill(la, r.as_ref().err());
-        match r.map_err(|f| trap_of(f, stack))? {
+        match r.map_err(|f| self.trap_of(f, stack))? {
             BytesOutcome::Done { code: false } => {}
             BytesOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
             BytesOutcome::Io(parts) => self.write_parts(parts.into_iter(), data),
@@ -424,10 +469,12 @@ impl Vcpu {
             }
         }
     }
-}
 
-/// The exception of a memory fault; `stack`: through SS.
-fn trap_of(fault: Fault, stack: bool) -> Trap {
-    // An EPT fault cannot come without EPT, which no guest can turn on yet.
-    Trap::Exception(fault.exception(stack).unwrap_or(Exception::GP0))
+    /// The exception, or the VM exit, of a memory fault; `stack`: through SS.
+    fn trap_of(&mut self, fault: Fault, stack: bool) -> Trap {
+        match fault {
+            Fault::Ept(fault) => vmx::ept_exit(self, &fault),
+            fault => Trap::Exception(fault.exception(stack).unwrap_or(Exception::GP0)),
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use twofold_arch::control::{cr4, rflags};
 use twofold_arch::segment::attr;
+use twofold_arch::vmx::ExitReason;
 use twofold_arch::{CcOp, Exception, LinearAddr, Vector};
 
 use super::Helped;
@@ -19,6 +20,7 @@ use super::segments::{GP0, UD};
 use super::stack::Stack;
 use super::task::read_tss;
 use crate::vcpu::{MemAs, Trap, Vcpu};
+use crate::vmx::intercept;
 
 const RAX: usize = 0;
 const RCX: usize = 1;
@@ -253,7 +255,10 @@ pub fn pext(value: u64, mask: u64) -> u64 {
 
 /// RDRAND and RDSEED: a value, with CF set and the other flags clear. SplitMix64 from the vCPU's seed: the same seed makes
 /// the same run.
-pub fn random(v: &mut Vcpu, log2: u64) -> Helped {
+pub fn random(v: &mut Vcpu, log2: u64, seed: bool) -> Helped {
+    if v.vmx.non_root {
+        intercept::random(v, seed)?;
+    }
     v.cold.rng = v.cold.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = v.cold.rng;
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -369,6 +374,15 @@ unsafe fn exchange_128(p: *mut u128, expected: u128, new: u128) -> u128 {
 
 // ---- ENTER, BOUND -------------------------------------------------------------------------------------------------------
 
+/// PAUSE: on a machine that runs its processors in turn, the next one has its turn.
+pub fn pause(v: &mut Vcpu) -> Helped {
+    if v.vmx.non_root {
+        intercept::pause(v)?;
+    }
+    v.pause();
+    Ok(0)
+}
+
 /// ENTER (SDM Vol 2A).
 pub fn enter(v: &mut Vcpu, frame: u64, level: u64, log2: u64) -> Helped {
     let bytes = 1u32 << log2.clamp(1, 3);
@@ -434,12 +448,18 @@ pub(super) fn check_io(v: &mut Vcpu, port: u16, bytes: u32) -> Result<(), Trap> 
 /// IN.
 pub fn port_in(v: &mut Vcpu, port: u64, bytes: u64) -> Helped {
     check_io(v, port as u16, bytes as u32 & 7)?;
+    if v.vmx.non_root {
+        intercept::io(v, port as u16, bytes as u32 & 7, true)?;
+    }
     Ok(u64::from(v.io_read(port as u16, bytes as u8)))
 }
 
 /// OUT.
 pub fn port_out(v: &mut Vcpu, port: u64, bytes: u64, value: u64) -> Helped {
     check_io(v, port as u16, bytes as u32 & 7)?;
+    if v.vmx.non_root {
+        intercept::io(v, port as u16, bytes as u32 & 7, false)?;
+    }
     v.io_write(port as u16, bytes as u8, value as u32);
     Ok(0)
 }
@@ -538,6 +558,9 @@ pub fn hlt(v: &mut Vcpu) -> Helped {
     if v.state.cpl != 0 {
         return Err(GP0);
     }
+    if v.vmx.non_root {
+        intercept::hlt(v)?;
+    }
     v.state.halted = 1;
     Ok(0)
 }
@@ -548,6 +571,9 @@ pub fn hlt(v: &mut Vcpu) -> Helped {
 pub fn load_table(v: &mut Vcpu, la: u64, idt: bool, base_bytes: u64) -> Helped {
     if v.state.cpl != 0 || is_v86(&v.state) {
         return Err(GP0);
+    }
+    if v.vmx.non_root {
+        intercept::gdtr_idtr(v)?;
     }
     let limit = v.read(LinearAddr(la), 2, MemAs::Cpl)?;
     let bytes = if base_bytes == 8 { 8 } else { 4 };
@@ -575,6 +601,9 @@ fn check_umip(v: &Vcpu) -> Result<(), Trap> {
 /// SGDT and SIDT; `base_bytes` is 4 or 8.
 pub fn store_table(v: &mut Vcpu, la: u64, idt: bool, base_bytes: u64) -> Helped {
     check_umip(v)?;
+    if v.vmx.non_root {
+        intercept::gdtr_idtr(v)?;
+    }
     let table = if idt { v.state.idtr } else { v.state.gdtr };
     let mut image = [0; 10];
     image[..2].copy_from_slice(&(table.limit as u16).to_le_bytes());
@@ -590,6 +619,12 @@ pub fn store_system(v: &mut Vcpu, what: u64) -> Helped {
         return Err(UD);
     }
     check_umip(v)?;
+    if v.vmx.non_root {
+        if what == 2 {
+            return Ok(intercept::visible_cr0(v));
+        }
+        intercept::ldtr_tr(v)?;
+    }
     Ok(match what {
         0 => u64::from(v.state.seg[6].selector),
         1 => u64::from(v.state.seg[TR].selector),
@@ -600,7 +635,8 @@ pub fn store_system(v: &mut Vcpu, what: u64) -> Helped {
 // ---- debug registers ------------------------------------------------------------------------------------------------------
 
 /// The register a number names: 4 and 5 are 6 and 7 unless CR4.DE.
-fn debug_register(v: &mut Vcpu, number: u64) -> Result<usize, Trap> {
+fn debug_register(v: &mut Vcpu, number: u64, read: bool) -> Result<usize, Trap> {
+    let named = number;
     let number = number as usize & 15;
     let number = match number {
         0..=3 | 6 | 7 => number,
@@ -610,23 +646,24 @@ fn debug_register(v: &mut Vcpu, number: u64) -> Result<usize, Trap> {
     if v.state.cpl != 0 {
         return Err(GP0);
     }
+    if v.vmx.non_root {
+        intercept::mov_dr(v, named, read)?;
+    }
     if v.state.dr[7] & 1 << 13 != 0 {
-        v.state.dr[6] |= dr6::BD;
-        v.state.dr[7] &= !(1 << 13);
-        return Err(Exception::new(Vector::Debug).into());
+        return Err(Exception { cr2: dr6::BD, ..Exception::new(Vector::Debug) }.into());
     }
     Ok(number)
 }
 
 /// MOV from DRn.
 pub fn read_dr(v: &mut Vcpu, number: u64) -> Helped {
-    let n = debug_register(v, number)?;
+    let n = debug_register(v, number, true)?;
     Ok(v.state.dr[n])
 }
 
 /// MOV to DRn.
 pub fn write_dr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
-    let n = debug_register(v, number)?;
+    let n = debug_register(v, number, false)?;
     if n >= 6 && value >> 32 != 0 {
         return Err(GP0);
     }
@@ -647,25 +684,53 @@ fn check_tsd(v: &Vcpu) -> Result<(), Trap> {
 /// RDTSC.
 pub fn rdtsc(v: &mut Vcpu) -> Helped {
     check_tsd(v)?;
-    let tsc = v.tsc();
+    if v.vmx.non_root {
+        intercept::rdtsc(v, ExitReason::Rdtsc)?;
+    }
+    let tsc = intercept::tsc(v);
     super::control::set_edx_eax(v, tsc);
     Ok(tsc)
 }
 
 /// RDTSCP.
 pub fn rdtscp(v: &mut Vcpu) -> Helped {
-    let tsc = rdtsc(v)?;
+    if v.vmx.non_root {
+        intercept::rdtscp_exists(v)?;
+    }
+    check_tsd(v)?;
+    if v.vmx.non_root {
+        intercept::rdtsc(v, ExitReason::Rdtscp)?;
+    }
+    let tsc = intercept::tsc(v);
+    super::control::set_edx_eax(v, tsc);
     v.state.gpr[RCX] = v.state.msrs.tsc_aux & 0xffff_ffff;
     Ok(tsc)
 }
 
 /// RDPMC: there are no counters.
-pub fn rdpmc() -> Helped {
+pub fn rdpmc(v: &mut Vcpu) -> Helped {
+    if v.state.cr4 & cr4::PCE == 0 && v.state.cpl != 0 {
+        return Err(GP0);
+    }
+    if v.vmx.non_root {
+        intercept::rdpmc(v)?;
+    }
     Err(GP0)
+}
+
+/// RDPID.
+pub fn rdpid(v: &mut Vcpu) -> Helped {
+    if v.vmx.non_root {
+        intercept::rdtscp_exists(v)?;
+    }
+    Ok(v.state.msrs.tsc_aux)
 }
 
 /// CPUID.
 pub fn cpuid(v: &mut Vcpu) -> Helped {
+    if v.vmx.non_root {
+        intercept::always(v, ExitReason::Cpuid)?;
+    }
     let s = &v.state;
     let state = CpuidState { apic_id: v.index as u32, cpus: v.cold.cpus, cr4: s.cr4, xcr0: s.xcr0 };
     let (leaf, subleaf) = (s.gpr[RAX] as u32, s.gpr[RCX] as u32);
@@ -681,14 +746,26 @@ pub fn cpuid(v: &mut Vcpu) -> Helped {
 // ---- the rest ---------------------------------------------------------------------------------------------------------------
 
 /// INVD and WBINVD: there are no caches to write back.
-pub fn cache_control(v: &mut Vcpu) -> Helped {
-    if v.state.cpl != 0 { Err(GP0) } else { Ok(0) }
+pub fn cache_control(v: &mut Vcpu, what: u64) -> Helped {
+    if v.state.cpl != 0 {
+        return Err(GP0);
+    }
+    if v.vmx.non_root {
+        if what == 0 {
+            intercept::always(v, ExitReason::Invd)?;
+        }
+        intercept::wbinvd(v)?;
+    }
+    Ok(0)
 }
 
 /// MONITOR.
 pub fn monitor(v: &mut Vcpu, la: u64) -> Helped {
     if !v.model.has(Bit::Monitor) || v.state.cpl != 0 {
         return Err(UD);
+    }
+    if v.vmx.non_root {
+        intercept::monitor(v)?;
     }
     if v.state.gpr[RCX] != 0 {
         return Err(GP0);
@@ -702,6 +779,9 @@ pub fn monitor(v: &mut Vcpu, la: u64) -> Helped {
 pub fn mwait(v: &mut Vcpu) -> Helped {
     if !v.model.has(Bit::Monitor) || v.state.cpl != 0 {
         return Err(UD);
+    }
+    if v.vmx.non_root {
+        intercept::mwait(v)?;
     }
     v.cold.monitor = None;
     Ok(0)

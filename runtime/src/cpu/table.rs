@@ -10,7 +10,6 @@ use twofold_backend::HelperFn;
 use twofold_ir::Helper;
 
 use super::{Helped, control, far, interrupt, msr, ops, segments, string};
-use crate::exec::dispatch::PENDING_EXCEPTION;
 use crate::fpu;
 use crate::vcpu::Vcpu;
 
@@ -48,8 +47,8 @@ table! { v, a, b, c, d;
     Pext => Ok(ops::pext(a, b)),
     Cmpxchg8b => ops::cmpxchg8b(v, a),
     Cmpxchg16b => ops::cmpxchg16b(v, a),
-    Rdrand => ops::random(v, a),
-    Rdseed => ops::random(v, a),
+    Rdrand => ops::random(v, a, false),
+    Rdseed => ops::random(v, a, true),
     StringOp => string::string_op(v, a),
     StringIo => string::string_io(v, a),
     Enter => ops::enter(v, a, b, c),
@@ -61,7 +60,7 @@ table! { v, a, b, c, d;
     Cli => ops::cli(v),
     Sti => ops::sti(v),
     Hlt => ops::hlt(v),
-    Pause => Ok(0),
+    Pause => ops::pause(v),
     SoftInt => interrupt::soft_int(v, a as u8, b, c),
     Iret => far::iret(v, a, b),
     LoadSeg => segments::load_seg(v, a as usize, b as u16).map(|()| 0),
@@ -90,8 +89,8 @@ table! { v, a, b, c, d;
     Wrmsr => msr::wrmsr(v),
     Rdtsc => ops::rdtsc(v),
     Rdtscp => ops::rdtscp(v),
-    Rdpid => Ok(v.state.msrs.tsc_aux),
-    Rdpmc => ops::rdpmc(),
+    Rdpid => ops::rdpid(v),
+    Rdpmc => ops::rdpmc(v),
     Cpuid => ops::cpuid(v),
     Xgetbv => control::xgetbv(v),
     Xsetbv => control::xsetbv(v),
@@ -99,11 +98,11 @@ table! { v, a, b, c, d;
     Wrpkru => control::wrpkru(v),
     Invlpg => control::invlpg(v, a),
     Invpcid => control::invpcid(v, a, b),
-    CacheControl => ops::cache_control(v),
+    CacheControl => ops::cache_control(v, a),
     Monitor => ops::monitor(v, a),
     Mwait => ops::mwait(v),
     SetAc => ops::set_ac(v, a != 0),
-    Vmx => Err(segments::UD),
+    Vmx => crate::vmx::instructions::vmx(v, a, b, c, d),
     Rsm => Err(segments::UD),
     X87 => fpu::x87(v, a, b, c, d),
     SaveState => fpu::save_state(v, a, b),
@@ -132,7 +131,6 @@ unsafe extern "C" fn thunk<const N: usize>(state: *mut CpuState, a: u64, b: u64,
         Ok(value) => value,
         Err(trap) => {
             trap.record(&mut v.state.fault);
-            v.state.fault.pending = PENDING_EXCEPTION;
             0
         }
     }

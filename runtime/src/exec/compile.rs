@@ -18,6 +18,7 @@ use twofold_ir::Block;
 use twofold_ir::passes::{Options as PassOptions, Passes};
 
 use super::tb::{TbId, TierState};
+use super::turns::Broadcast;
 use crate::config::{DebugItem, DebugItems};
 use crate::vcpu::Vcpu;
 
@@ -307,5 +308,6 @@ fn evict(vcpu: &mut Vcpu) {
         vcpu.jit.unlink(&incoming);
     }
     vcpu.mmu.jump_clear();
+    vcpu.tell_others(Broadcast::ForgetAll);
     vcpu.counters.jump_cache_clears += 1;
 }

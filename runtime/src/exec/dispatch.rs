@@ -23,12 +23,15 @@ use crate::cpu::{interrupt, mode};
 use crate::fpu::mxcsr;
 use crate::platform::{Outcome, signal};
 use crate::vcpu::{Shutdown, Trap, Vcpu};
+use crate::vmx;
 
 /// Guest instructions between two looks at the clock.
 const SLICE: i32 = 50_000;
 
 /// `fault.pending` of an ordinary exception.
 pub const PENDING_EXCEPTION: u32 = 1;
+/// `fault.pending` of a VM exit.
+pub const PENDING_VM_EXIT: u32 = 3;
 /// `fault.pending` of a store into the running block: run the instruction again, alone.
 pub const PENDING_RESTART: u32 = 2;
 
@@ -43,6 +46,10 @@ pub enum RunEnd {
     Halted,
     /// Somebody outside asked.
     Stopped(StopReason),
+    /// The slice is used up, and other vCPUs wait for their turn.
+    TurnOver,
+    /// HLT, or waiting for a start-up IPI; other vCPUs may run.
+    Asleep,
 }
 
 /// Where control goes after a block.
@@ -68,10 +75,11 @@ pub fn run(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
 }
 
 fn run_loop(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
-    let mut granted = 0;
+    let mut granted = vcpu.state.budget;
+    let mut slices = 0;
     loop {
         vcpu.enter_phase(Phase::Dispatch);
-        if let Err(end) = events(vcpu, control, &mut granted) {
+        if let Err(end) = events(vcpu, control, &mut granted, &mut slices) {
             return end;
         }
         if let Err(s) = advance(vcpu) {
@@ -88,7 +96,7 @@ fn settle(vcpu: &mut Vcpu, granted: &mut i32) {
 }
 
 /// Everything that happens between blocks: time, input, interrupts, sleep, the end.
-fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32) -> Result<(), RunEnd> {
+fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u32) -> Result<(), RunEnd> {
     loop {
         let wanted = vcpu.state.attention.load(Ordering::Relaxed) != 0;
         // A budget too small for the next block counts as used up.
@@ -109,14 +117,53 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32) -> Result<(), R
                 return Err(RunEnd::Outcome(o));
             }
             settle(vcpu, granted);
+            let used_up = vcpu.state.budget < 128;
             vcpu.state.budget = SLICE;
             *granted = SLICE;
+            if vcpu.in_turn {
+                let yields = std::mem::take(&mut vcpu.yields);
+                if *slices > 0 && (used_up || yields) {
+                    return Err(RunEnd::TurnOver);
+                }
+                *slices += 1;
+                start_up_signals(vcpu);
+            }
         }
-        deliver_pending(vcpu).map_err(RunEnd::Shutdown)?;
+        if vcpu.wait_for_sipi {
+            return Err(RunEnd::Asleep);
+        }
+        if vcpu.vmx.non_root || vcpu.vmx.aborted {
+            vmx::events::deliver(vcpu).map_err(RunEnd::Shutdown)?;
+        } else {
+            deliver_pending(vcpu).map_err(RunEnd::Shutdown)?;
+        }
         if vcpu.state.halted == 0 {
             return Ok(());
         }
+        if vcpu.in_turn {
+            return Err(RunEnd::Asleep);
+        }
         sleep(vcpu, control)?;
+    }
+}
+
+/// INIT and start-up IPIs (SDM Vol 3A, "Multiple-Processor Initialization").
+fn start_up_signals(vcpu: &mut Vcpu) {
+    let index = vcpu.index;
+    if vcpu.platform().signals(index) & (signal::INIT | signal::SIPI) == 0 {
+        return;
+    }
+    if vcpu.platform().take_signal(index, signal::INIT) {
+        crate::cpu::reset(vcpu);
+        vcpu.platform().init_apic(index);
+        vcpu.wait_for_sipi = index != 0;
+    }
+    if vcpu.platform().take_signal(index, signal::SIPI) && std::mem::take(&mut vcpu.wait_for_sipi) {
+        let page = vcpu.platform().sipi_vector(index);
+        let cs = &mut vcpu.state.seg[1];
+        cs.selector = u16::from(page) << 8;
+        cs.base = u64::from(page) << 12;
+        vcpu.state.rip = 0;
     }
 }
 
@@ -158,7 +205,10 @@ fn sleep(vcpu: &mut Vcpu, control: &Control) -> Result<(), RunEnd> {
         (p.next_deadline(), p.can_wake())
     };
     let interrupts_on = vcpu.state.rflags_sys & rflags::IF != 0;
-    if !interrupts_on || !can_wake {
+    // A guest's HLT ends by what exits, too.
+    let timer = vcpu.vmx.timer;
+    let deadline = [deadline, timer].into_iter().flatten().min();
+    if (!interrupts_on && !vcpu.vmx.non_root) || (!can_wake && timer.is_none()) {
         return Err(RunEnd::Halted);
     }
     let limit = deadline.map_or(Duration::from_millis(100), |d| Duration::from_nanos(d.saturating_sub(start)));
@@ -176,8 +226,12 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
         trace_tlb(vcpu);
     }
     let single_step = vcpu.state.rflags_sys & rflags::TF != 0;
-    let alone = single_step || vcpu.state.shadow != 0 || vcpu.jit.restart;
+    let trap_flag = vmx::monitor_trap_flag(vcpu);
+    let alone = single_step || vcpu.state.shadow != 0 || vcpu.jit.restart || trap_flag;
+    vcpu.vmx.shadow = vcpu.state.shadow;
+    vcpu.vmx.iret_unblocked = false;
     vcpu.state.shadow = 0;
+    let world = vcpu.vmx.transitions;
     let mut flags = mode::tb_flags(&vcpu.state);
     if alone {
         flags.0 |= TbFlags::ONE_INSN;
@@ -191,14 +245,18 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
         vcpu.jit.tbs.quiescent();
     }
     match next {
-        Next::Trap(trap) => interrupt::deliver_trap(vcpu, trap),
+        Next::Trap(trap) => interrupt::deliver_trap(vcpu, trap)?,
         Next::Restart => {
             vcpu.jit.restart = true;
-            Ok(())
+            return Ok(());
         }
-        _ if single_step => interrupt::single_step(vcpu),
-        _ => Ok(()),
+        _ if single_step && vcpu.vmx.transitions == world => interrupt::single_step(vcpu)?,
+        _ => {}
     }
+    if trap_flag && vcpu.vmx.transitions == world {
+        vcpu.vmx.mtf_pending = true;
+    }
+    Ok(())
 }
 
 /// Runs block after block while nothing but RIP changes.

@@ -8,6 +8,7 @@ use twofold_ir::passes::Passes;
 use super::compile::CompileQueue;
 use super::counts::{ExecCounts, Executions};
 use super::tb::{TbId, TbStore};
+use super::turns::Broadcast;
 use crate::config::Tier;
 
 /// When a block moves up.
@@ -52,6 +53,8 @@ pub struct Jit {
     pub fill_jump_cache: bool,
     /// Serial number of the last block made.
     pub serial: u64,
+    /// What the other vCPUs have to follow before their next turn.
+    pub broadcasts: Vec<Broadcast>,
     /// How often blocks ran.
     pub counts: ExecCounts,
 }
@@ -78,6 +81,7 @@ impl Jit {
             link_from: None,
             fill_jump_cache: false,
             serial: 0,
+            broadcasts: Vec::new(),
             counts: ExecCounts::default(),
         }
     }

@@ -13,6 +13,7 @@ pub mod jit;
 pub mod slow;
 pub mod tb;
 pub mod translate;
+pub mod turns;
 pub mod wake;
 
 pub use counters::Counters;

@@ -9,8 +9,9 @@ use twofold_arch::{CpuState, Exception, LinearAddr};
 use twofold_backend::{AccessKind, HelperTable, MemInfo};
 use twofold_ir::{MemFlags, RmwOp};
 
-use super::dispatch::{PENDING_EXCEPTION, PENDING_RESTART};
+use super::dispatch::PENDING_RESTART;
 use super::tb::TbId;
+use super::turns::Broadcast;
 use crate::vcpu::{Trap, Vcpu};
 
 /// The table that host code calls through.
@@ -32,7 +33,6 @@ pub fn access(vcpu: &mut Vcpu, addr: u64, info: MemInfo, lo: u64, hi: u64) -> Op
         Ok(v) => Some(v),
         Err(Abandoned::Trap(trap)) => {
             trap.record(&mut vcpu.state.fault);
-            vcpu.state.fault.pending = PENDING_EXCEPTION;
             None
         }
         Err(Abandoned::Restart) => {
@@ -180,6 +180,7 @@ pub fn drop_blocks(vcpu: &mut Vcpu, ids: &[TbId]) {
         vcpu.jit.unlink(&removed.incoming);
         for rip in removed.cached_rips {
             vcpu.mmu.jump_forget(rip);
+            vcpu.tell_others(Broadcast::Forget(rip));
         }
     }
 }

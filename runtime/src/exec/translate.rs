@@ -10,6 +10,7 @@ use twofold_ir::passes::Options as PassOptions;
 
 use super::counters::Phase;
 use super::tb::{Tb, TbId, TbKey, TierState};
+use super::turns::Broadcast;
 use crate::config::DebugItem;
 use crate::vcpu::{Trap, Vcpu};
 
@@ -75,9 +76,9 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
 fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block: &Block) -> TbId {
     let len = block.byte_len() as u64;
     let first_len = len.min(0x1000 - key.pa.page_offset());
-    vcpu.mmu.protect(key.pa, first_len);
+    watch(vcpu, key.pa, first_len);
     if let Some(page) = second {
-        vcpu.mmu.protect(page, len - first_len);
+        watch(vcpu, page, len - first_len);
     }
     vcpu.jit.serial += 1;
     let tb = Tb {
@@ -99,6 +100,13 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
     let id = vcpu.jit.tbs.insert(tb);
     vcpu.jit.counts.begin(id, &mut vcpu.state);
     id
+}
+
+/// From now on writes to these bytes, all in one page, are noticed on every vCPU.
+fn watch(vcpu: &mut Vcpu, pa: PhysAddr, len: u64) {
+    if vcpu.mmu.protect(pa, len) {
+        vcpu.tell_others(Broadcast::Protect(pa.page()));
+    }
 }
 
 /// `-d in_asm,ir,ir_opt`.
