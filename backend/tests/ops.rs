@@ -168,7 +168,7 @@ fn conditions_and_flags_from_the_state() {
 fn float_like(rng: &mut Rng) -> u128 {
     const F64: [f64; 10] = [0.0, -0.0, 1.0, -1.5, 1e300, -1e-310, f64::INFINITY, f64::NEG_INFINITY, 3e9, -2.5];
     const F32: [f32; 10] = [0.0, -0.0, 1.0, -1.5, 1e38, -1e-40, f32::INFINITY, f32::NEG_INFINITY, 3e9, 2.5];
-    let mut word = |rng: &mut Rng| match rng.below(6) {
+    let word = |rng: &mut Rng| match rng.below(6) {
         0 => rng.pick(&F64).to_bits(),
         1 => 0x7ff0_0000_0000_0000 | rng.bits() & 0x800f_ffff_ffff_ffff,
         2 => u64::from(rng.pick(&F32).to_bits()) | u64::from(rng.pick(&F32).to_bits()) << 32,

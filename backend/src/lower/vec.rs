@@ -165,7 +165,7 @@ impl Lowering<'_> {
     fn shuffle_op(&mut self, op: VecOp, imm: u8, a: Clif, b: Clif) -> Option<Clif> {
         use VecOp as O;
         // Interleaves lanes of `w` bytes from the halves that start at byte `from`.
-        let unpack = |w: u8, from: u8| move |n: u8| (n / w & 1) * 16 + from + n / (2 * w) * w + n % w;
+        let unpack = |w: u8, from: u8| move |n: u8| ((n / w) & 1) * 16 + from + n / (2 * w) * w + n % w;
         // Lane `n` of 2-bit selectors.
         let sel = move |n: u8| imm >> (2 * n) & 3;
         Some(match op {
