@@ -406,9 +406,18 @@ fn locate(vcpu: &mut Vcpu, flags: TbFlags) -> Result<TbId, Trap> {
 fn same_page(vcpu: &mut Vcpu, id: TbId, off: u16, flags: TbFlags) -> Result<TbId, Trap> {
     let pa = PhysAddr((vcpu.jit.tbs.get(id).key.pa.0 & PAGE_MASK) + u64::from(off));
     let key = TbKey { pa, flags };
-    if let Some(found) = vcpu.jit.tbs.find(key)
-        && vcpu.jit.tbs.get(found).second_page.is_none()
+    let tbs = &mut vcpu.jit.tbs;
+    let successors = tbs.get(id).successors;
+    for (at, found) in successors {
+        let tb = tbs.get(found);
+        if at == off && tb.live && tb.key == key && tb.second_page.is_none() {
+            return Ok(found);
+        }
+    }
+    if let Some(found) = tbs.find(key)
+        && tbs.get(found).second_page.is_none()
     {
+        tbs.get_mut(id).successors = [(off, found), successors[0]];
         return Ok(found);
     }
     set_rip(vcpu, i32::from(off));
@@ -439,11 +448,11 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
         super::compile::request(vcpu, id, Heat::Hot);
     }
     let tb = vcpu.jit.tbs.get(id);
-    let program: *const twofold_ir::eval::Program = &*tb.program;
+    let program: *const twofold_ir::eval::Program = &tb.program;
     vcpu.jit.current = Some(id);
     vcpu.counters.eval_blocks += 1;
-    // SAFETY: a program is boxed and its place in the store is not reused before `quiescent`, which `advance` calls after
-    // this returns; a block that dies while it runs is only marked.
+    // SAFETY: nothing is added to the store while a block runs, so the program stays where it is; a block that dies while
+    // it runs is only marked, and its place not reused before `quiescent`, which `advance` calls after this returns.
     let leave = unsafe { (*program).run(&mut Env::new(vcpu)) };
     match leave {
         Leave::Exit { to, retired, .. } => {

@@ -35,38 +35,47 @@ pub enum TierState {
     Refused,
 }
 
-/// A translation block.
+/// Where a block led in the evaluator: a page offset and the block found there. To be checked before it is used.
+pub type Successor = (u16, TbId);
+
+/// A translation block. What the dispatcher looks at comes first, in as few cache lines as it fits.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub struct Tb {
     /// What it is found by.
     pub key: TbKey,
-    /// The physical page of its last byte, when that is another than the first's.
-    pub second_page: Option<PhysAddr>,
-    /// Bytes of guest code.
-    pub len: u16,
     /// Guest instructions.
     pub insns: u16,
-    /// Where it is in its life.
-    pub tier: TierState,
     /// Still in the store.
     pub live: bool,
+    /// Where it is in its life.
+    pub tier: TierState,
     /// Times the evaluator ran it.
     pub runs: u32,
+    /// Its form for the evaluator.
+    pub program: Program,
+    /// The last two places it led to in its page.
+    pub successors: [Successor; 2],
+    /// The physical page of its last byte, when that is another than the first's.
+    pub second_page: Option<PhysAddr>,
+    /// Its host code.
+    pub code: Option<InstalledTb>,
+    /// Bytes of guest code.
+    pub len: u16,
     /// Distinguishes it from others that had its id.
     pub serial: u64,
     /// Linear RIP at its first translation, for people.
     pub rip: u64,
-    /// Its form for the evaluator.
-    pub program: Box<Program>,
     /// Page offsets of its guest instructions, for exact RIPs after a fault.
     pub insn_offs: Box<[u16]>,
-    /// Its host code.
-    pub code: Option<InstalledTb>,
     /// Slots that were linked to this block: (block, slot).
     pub incoming: Vec<(TbId, u16)>,
     /// RIPs under which jump caches may hold it.
     pub cached_rips: Vec<u64>,
 }
+
+/// No successor known yet.
+pub const NO_SUCCESSOR: Successor = (u16::MAX, TbId(0));
 
 /// What led to a block that was taken out.
 #[derive(Debug, Default)]

@@ -9,7 +9,7 @@ use twofold_ir::eval::Program;
 use twofold_ir::passes::Options as PassOptions;
 
 use super::counters::Phase;
-use super::tb::{Tb, TbId, TbKey, TierState};
+use super::tb::{NO_SUCCESSOR, Tb, TbId, TbKey, TierState};
 use super::turns::Broadcast;
 use crate::config::DebugItem;
 use crate::vcpu::{Trap, Vcpu};
@@ -91,7 +91,8 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         runs: 0,
         serial: vcpu.jit.serial,
         rip,
-        program: Box::new(Program::new(block)),
+        program: Program::new(block),
+        successors: [NO_SUCCESSOR; 2],
         insn_offs: block.insns.iter().map(|i| i.off).collect(),
         code: None,
         incoming: Vec::new(),
