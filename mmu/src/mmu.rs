@@ -125,6 +125,8 @@ pub struct Mmu {
     pub(crate) gpa_caches: Vec<GpaCache>,
     /// The one used last.
     pub(crate) gpa_current: usize,
+    /// Cached guest-physical mappings are used.
+    pub(crate) gpa_caching: bool,
     pub(crate) pml: Option<Pml>,
     pub(crate) stats: MmuStats,
 }
@@ -152,6 +154,7 @@ impl Mmu {
             write_cached: vec![0; pages.div_ceil(64) as usize],
             gpa_caches: Vec::new(),
             gpa_current: 0,
+            gpa_caching: true,
             pml: None,
             stats: MmuStats::default(),
         })
@@ -166,6 +169,11 @@ impl Mmu {
     #[inline]
     pub fn take_view_change(&mut self) -> bool {
         std::mem::take(&mut self.view_changed)
+    }
+
+    /// Whether cached guest-physical mappings are used (they are at first): off for comparison and for bisecting.
+    pub fn set_gpa_caching(&mut self, on: bool) {
+        self.gpa_caching = on;
     }
 
     /// Page-modification logging, as VM entry sets it (`None`: off); it only works with accessed and dirty flags for EPT.
@@ -261,6 +269,7 @@ impl Mmu {
         let cache = self.gpa_cache(&controls);
         let memory = Direct { phys: &self.phys, code: &self.code };
         let mut nested = Nested::new(memory, controls, &mut self.gpa_caches[cache], &mut self.pml);
+        nested.bypass = !self.gpa_caching;
         let mut counts = WalkCounts::default();
         let found = check_linear(space, la).and_then(|la| {
             let found = walk(space, la, access, &mut nested, &mut counts);

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use twofold_mmu::{
-    Access, AccessKind, AddressSpace, CodePages, FlushPolicy, GuestRam, LegacyHole, Mmu, PagingMode, PhysMap,
+    Access, AccessKind, AddressSpace, CodePages, EptFaultKind, Fault, FlushPolicy, GuestRam, LegacyHole, Mmu,
+    PagingMode, PhysMap, Pml,
 };
 
+use crate::model::two_stage::{self, Ept};
 use crate::model::{Cpu, Memory, Mode, Op, Who};
 
 /// RAM of the small machine: all below the legacy hole, so that addresses are offsets.
@@ -101,5 +103,43 @@ pub fn plain(mode: Mode) -> Cpu {
         pkrs: 0,
         maxphyaddr: 46,
         page1gb: true,
+    }
+}
+
+/// The address space of `cpu` under `ept`.
+pub fn space_under(cpu: &Cpu, ept: &Ept) -> AddressSpace {
+    AddressSpace {
+        eptp: Some(ept.eptp),
+        ept_mode_based: ept.mode_based,
+        ept_execute_only: ept.execute_only,
+        vpid: 1,
+        ..space_of(cpu)
+    }
+}
+
+pub fn pml_of(ept: &Ept) -> Option<Pml> {
+    ept.pml.map(|(address, index)| Pml { address: twofold_arch::PhysAddr(address), index })
+}
+
+/// A fault in the model's terms; the linear address in it must be `la` wherever there is one.
+pub fn fault_of(fault: Fault, la: u64) -> two_stage::Fault {
+    match fault {
+        Fault::Page { error, la: at } => {
+            assert_eq!(at.0, la);
+            two_stage::Fault::Page(error)
+        }
+        Fault::Ept(f) => {
+            let gpa = f.gpa.0;
+            assert!(f.la.is_none_or(|at| at.0 == la));
+            two_stage::Fault::Ept(match f.kind {
+                EptFaultKind::Violation(qualification) => {
+                    assert_eq!(f.la.is_some(), qualification >> 7 & 1 != 0);
+                    two_stage::Refused::Violation { qualification, gpa, suppress_ve: f.suppress_ve }
+                }
+                EptFaultKind::Misconfiguration => two_stage::Refused::Misconfiguration { gpa },
+                EptFaultKind::LogFull => two_stage::Refused::LogFull { gpa },
+            })
+        }
+        Fault::NonCanonical { .. } => panic!("canonical by construction"),
     }
 }

@@ -4,6 +4,8 @@
 //! spells out the access-rights lists as the manual does. Clarity over speed.
 #![allow(dead_code)] // Each test program uses its own part.
 
+pub mod two_stage;
+
 /// Guest-physical memory; absent bytes read as all ones and drop writes.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Memory(pub Vec<u8>);
@@ -146,13 +148,23 @@ struct Chain {
 enum Stop {
     NotPresent,
     Reserved,
+    /// The second stage did not let the entry be read.
+    SecondStage(two_stage::Refused),
 }
 
 /// Follows the paging structures for `la` without looking at access rights.
 fn follow(cpu: &Cpu, mem: &Memory, la: u64) -> Result<Chain, Stop> {
+    follow_by(cpu, &mut |at, bytes| Ok(mem.read(at, bytes)), la)
+}
+
+/// Reads an entry at a guest-physical address, of so many bytes.
+type Reader<'a> = &'a mut dyn FnMut(u64, u64) -> Result<u64, two_stage::Refused>;
+
+/// As [`follow`], with entries read by `read`.
+fn follow_by(cpu: &Cpu, read: Reader<'_>, la: u64) -> Result<Chain, Stop> {
     let mut used = Vec::new();
     let mut take = |at: u64, bytes: u64, format: &dyn Fn(u64) -> Format| -> Result<(u64, Format), Stop> {
-        let entry = mem.read(at, bytes);
+        let entry = read(at, bytes).map_err(Stop::SecondStage)?;
         if !bit(entry, 0) {
             return Err(Stop::NotPresent);
         }
@@ -327,6 +339,7 @@ pub fn access(cpu: &Cpu, mem: &mut Memory, la: u64, op: Op, who: Who) -> Result<
         Ok(c) => c,
         Err(Stop::NotPresent) => return Err(error_code(cpu, false, false, op, who, false)),
         Err(Stop::Reserved) => return Err(error_code(cpu, true, true, op, who, false)),
+        Err(Stop::SecondStage(_)) => unreachable!("there is none"),
     };
     let page = page_of(cpu, &chain);
     if !allowed(cpu, page, op, who) {
