@@ -25,6 +25,11 @@ impl Features {
     pub const fn has(self, f: Feature) -> bool {
         self.0 >> f as u8 & 1 != 0
     }
+    /// Whether all of `other` are in the set.
+    #[must_use]
+    pub const fn has_all(self, other: Features) -> bool {
+        other.0 & !self.0 == 0
+    }
     /// The set with `f`.
     #[must_use]
     pub const fn with(self, f: Feature) -> Self {

@@ -16,6 +16,7 @@ pub mod regs;
 pub mod segment;
 pub mod state;
 pub mod string_op;
+pub mod vector_op;
 pub mod tbflags;
 pub mod vmx;
 

@@ -11,6 +11,7 @@ pub mod table;
 pub mod translator;
 
 mod arith;
+mod avx;
 mod bits;
 mod branch;
 mod flags;
@@ -131,6 +132,7 @@ fn translate_insn(t: &mut Translator<'_>) {
     if let Err(e) = table::check(row, t) {
         return t.raise(e);
     }
+    t.vex = row.is_vex();
     (row.emit)(t);
 }
 

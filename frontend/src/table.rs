@@ -7,8 +7,8 @@
 
 use std::sync::LazyLock;
 
-use iced_x86::{Code, Mnemonic};
-use twofold_arch::cpuid::Feature;
+use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic};
+use twofold_arch::cpuid::{Feature, Features};
 use twofold_arch::{Exception, TbFlags};
 
 use crate::translator::Translator;
@@ -41,6 +41,8 @@ impl Need {
     pub const FXSR: Need = Need(128);
     /// #NM for CR0.TS alone (XSAVE and its kin).
     pub const TS: Need = Need(256);
+    /// AVX state usable: #UD outside protected mode and without CR4.OSXSAVE and XCR0's SSE and AVX bits, then #NM for CR0.TS.
+    pub const AVX: Need = Need(512);
 
     /// Both.
     #[must_use]
@@ -55,7 +57,7 @@ impl Need {
 /// What a row is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Key {
-    /// All forms of a mnemonic that have no row of their own.
+    /// All forms of a mnemonic that have no row of their own; EVEX-coded forms are nobody's.
     All(Mnemonic),
     /// One form.
     One(Code),
@@ -68,8 +70,8 @@ pub struct Row {
     pub key: Key,
     /// What must hold.
     pub need: Need,
-    /// The feature without which it is #UD.
-    pub feature: Option<Feature>,
+    /// The features without which it is #UD.
+    pub features: Features,
     /// The emitter.
     pub emit: Emit,
 }
@@ -78,12 +80,12 @@ impl Row {
     /// A row for all forms of a mnemonic.
     #[must_use]
     pub const fn all(m: Mnemonic, emit: Emit) -> Row {
-        Row { key: Key::All(m), need: Need::NONE, feature: None, emit }
+        Row { key: Key::All(m), need: Need::NONE, features: Features::NONE, emit }
     }
     /// A row for one form.
     #[must_use]
     pub const fn one(c: Code, emit: Emit) -> Row {
-        Row { key: Key::One(c), need: Need::NONE, feature: None, emit }
+        Row { key: Key::One(c), need: Need::NONE, features: Features::NONE, emit }
     }
     /// The row with needs added.
     #[must_use]
@@ -91,11 +93,21 @@ impl Row {
         self.need = self.need.and(need);
         self
     }
-    /// The row with its feature.
+    /// The row with a feature.
     #[must_use]
     pub const fn feature(mut self, f: Feature) -> Row {
-        self.feature = Some(f);
+        self.features = self.features.with(f);
         self
+    }
+    /// A row for the VEX-coded forms of a mnemonic; the decoder's table says which feature each form belongs to.
+    #[must_use]
+    pub const fn vex(m: Mnemonic, emit: Emit) -> Row {
+        Row::all(m, emit).need(Need::AVX)
+    }
+    /// Whether the row is for VEX-coded vector instructions.
+    #[must_use]
+    pub const fn is_vex(&self) -> bool {
+        self.need.has(Need::AVX)
     }
 }
 
@@ -119,6 +131,7 @@ static FAMILIES: &[&[Row]] = &[
     crate::mmx::ROWS_CONVERT,
     crate::sse::moves::ROWS,
     crate::sse::moves::ROWS_ONE,
+    crate::sse::moves::ROWS_VEX,
     crate::sse::int::ROWS,
     crate::sse::int::ROWS_PLAIN,
     crate::sse::float::ROWS,
@@ -130,6 +143,11 @@ static FAMILIES: &[&[Row]] = &[
     crate::sse::string::ROWS,
     crate::sse::crypto::ROWS,
     crate::sse::state::ROWS,
+    crate::avx::ROWS,
+    crate::avx::arith::ROWS,
+    crate::avx::permute::ROWS,
+    crate::avx::permute::ROWS_IN_LANE,
+    crate::avx::memory::ROWS,
 ];
 
 struct Table {
@@ -139,7 +157,7 @@ struct Table {
 }
 
 static TABLE: LazyLock<Table> = LazyLock::new(|| {
-    let rows: Vec<Row> = FAMILIES.iter().flat_map(|f| f.iter().copied()).collect();
+    let mut rows: Vec<Row> = FAMILIES.iter().flat_map(|f| f.iter().copied()).collect();
     let mnemonics = Mnemonic::values().len();
     let mut by_mnemonic = vec![0u16; mnemonics];
     for (i, row) in rows.iter().enumerate() {
@@ -147,7 +165,21 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
             by_mnemonic[m as usize] = i as u16 + 1;
         }
     }
-    let mut index: Box<[u16]> = Code::values().map(|c| by_mnemonic[c.mnemonic() as usize]).collect();
+    let mut index: Box<[u16]> = Code::values().map(|_| 0).collect();
+    for c in Code::values() {
+        let n = by_mnemonic[c.mnemonic() as usize];
+        let Some(row) = usize::from(n).checked_sub(1).map(|i| rows[i]) else { continue };
+        index[c as usize] = match c.op_code().encoding() {
+            EncodingKind::Legacy | EncodingKind::D3NOW if !row.is_vex() => n,
+            EncodingKind::VEX if !row.is_vex() => n,
+            // Forms of one mnemonic belong to different features: a row for each form.
+            EncodingKind::VEX => vex_features(c).map_or(0, |features| {
+                rows.push(Row { features, ..row });
+                rows.len() as u16
+            }),
+            _ => 0,
+        };
+    }
     for (i, row) in rows.iter().enumerate() {
         if let Key::One(c) = row.key {
             index[c as usize] = i as u16 + 1;
@@ -155,6 +187,24 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     }
     Table { rows, index }
 });
+
+/// The features a VEX-coded form needs; `None` for a form that twofold does not have.
+fn vex_features(c: Code) -> Option<Features> {
+    c.cpuid_features().iter().try_fold(Features::NONE, |set, f| {
+        Some(set.with(match f {
+            CpuidFeature::AVX => Feature::Avx,
+            CpuidFeature::AVX2 => Feature::Avx2,
+            CpuidFeature::FMA => Feature::Fma,
+            CpuidFeature::F16C => Feature::F16c,
+            CpuidFeature::AES => Feature::Aes,
+            CpuidFeature::PCLMULQDQ => Feature::Pclmulqdq,
+            CpuidFeature::VAES => Feature::Vaes,
+            CpuidFeature::VPCLMULQDQ => Feature::Vpclmulqdq,
+            CpuidFeature::GFNI => Feature::Gfni,
+            _ => return None,
+        }))
+    })
+}
 
 /// The row of an instruction form; `None` when twofold does not have it.
 #[must_use]
@@ -171,21 +221,21 @@ pub fn lookup(code: Code) -> Option<&'static Row> {
 /// # Errors
 /// The exception the instruction raises whatever its operands hold.
 pub fn check(row: &Row, t: &Translator<'_>) -> Result<(), Exception> {
-    if row.feature.is_none() && row.need == Need::NONE {
+    if row.features == Features::NONE && row.need == Need::NONE {
         return Ok(());
     }
-    let Row { need, feature, .. } = *row;
+    let Row { need, features, .. } = *row;
     let flags = t.flags;
-    let missing = feature.is_some_and(|f| !t.features.has(f));
-    if missing
+    if !t.features.has_all(features)
         || need.has(Need::PROTECTED) && !flags.has(TbFlags::PROTECTED)
         || need.has(Need::BITS64) && !flags.is64()
         || need.has(Need::SSE) && flags.has(TbFlags::SSE_UD)
         || need.has(Need::MMX) && flags.has(TbFlags::MMX_UD)
+        || need.has(Need::AVX) && !flags.has(TbFlags::AVX | TbFlags::PROTECTED)
     {
         return Err(Exception::UD);
     }
-    if need.has(Need(Need::SSE.0 | Need::MMX.0 | Need::TS.0)) && flags.has(TbFlags::TS)
+    if need.has(Need(Need::SSE.0 | Need::MMX.0 | Need::TS.0 | Need::AVX.0)) && flags.has(TbFlags::TS)
         || need.has(Need(Need::X87.0 | Need::FXSR.0)) && flags.has(TbFlags::X87_NM)
         || need.has(Need::WAIT) && flags.has(TbFlags::WAIT_NM)
     {

@@ -37,6 +37,8 @@ pub struct Translator<'a> {
     pub b: Builder,
     /// The current instruction.
     pub insn: Instruction,
+    /// Whether it is a VEX-coded vector instruction.
+    pub vex: bool,
     /// The state that shapes the translation.
     pub flags: TbFlags,
     /// The CPU's features.
@@ -59,6 +61,7 @@ impl<'a> Translator<'a> {
         Self {
             b: Builder::new(flags),
             insn: crate::no_instruction(),
+            vex: false,
             flags,
             features,
             off,

@@ -124,6 +124,8 @@ pub struct Described {
     pub displacement: u64,
     /// The port operand of IN or OUT is an immediate.
     pub immediate_port: bool,
+    /// An operand is memory.
+    pub memory: bool,
     /// A register operand: of MOV to or from a control or debug register, and of RDRAND and RDSEED.
     pub register: u8,
     /// Segment of the memory operand (or of the string source), in encoding order.
@@ -148,6 +150,7 @@ pub fn describe(flags: TbFlags, rip: u64, bytes: &[u8]) -> Option<Described> {
         info: info(&insn, bitness),
         displacement: displacement(&insn),
         immediate_port: (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Immediate8),
+        memory: has_memory(&insn),
         register: 0,
         segment: segment(insn.memory_segment()),
     };

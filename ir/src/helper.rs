@@ -208,6 +208,10 @@ helpers! {
     Ldmxcsr "ldmxcsr" (1) faults;
     /// STMXCSR: the value.
     Stmxcsr "stmxcsr" (0);
+    /// (effective address, move, see `arch::vector_op`): VMASKMOVPS and its kin.
+    MaskedMove "masked_move" (2) faults;
+    /// (base and displacement, gather, see `arch::vector_op`): VGATHERDPS and its kin.
+    Gather "gather" (2) faults;
     /// (operation): an SSE floating-point instruction under unmasked exceptions: raises #XM when one is due after a vector op.
     SseCheck "sse_check" (1) faults;
 }

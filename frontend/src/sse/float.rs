@@ -1,50 +1,56 @@
 //! SSE floating-point arithmetic and comparison.
 
-use iced_x86::Code;
+use iced_x86::{Code, Mnemonic};
 use twofold_arch::cpuid::Feature;
 use twofold_ir::VecOp;
 
-use crate::sse::{binary, binary_imm, rows, scalar32, scalar32_imm, scalar64, scalar64_imm, unary, unary_imm};
+use crate::sse::{
+    binary, binary_imm, binary_with, rows, scalar, scalar32, scalar32_imm, scalar64, scalar64_imm, unary, unary_imm,
+};
 use crate::table::{Need, Row};
 use crate::translator::Translator;
 
 /// Rows whose op has the mnemonic's name.
 pub const ROWS: &[Row] = BY_OP;
 /// CMPSD by form: the string instruction has the same mnemonic.
-pub const ROWS_ONE: &[Row] =
-    &[Row::one(Code::Cmpsd_xmm_xmmm64_imm8, |t| compare64(t, VecOp::Cmpsd)).feature(Feature::Sse2).need(Need::SSE)];
+pub const ROWS_ONE: &[Row] = &[
+    Row::one(Code::Cmpsd_xmm_xmmm64_imm8, |t| compare64(t, VecOp::Cmpsd)).feature(Feature::Sse2).need(Need::SSE),
+    Row::vex(Mnemonic::Vcmpsd, |t| compare64(t, VecOp::Cmpsd)),
+];
 
 rows! { BY_OP;
-    Sse binary: Addps Subps Mulps Divps Minps Maxps;
-    Sse2 binary: Addpd Subpd Mulpd Divpd Minpd Maxpd;
-    Sse scalar32: Addss Subss Mulss Divss Minss Maxss Sqrtss Rcpss Rsqrtss;
-    Sse2 scalar64: Addsd Subsd Mulsd Divsd Minsd Maxsd Sqrtsd;
-    Sse unary: Sqrtps Rcpps Rsqrtps;
-    Sse2 unary: Sqrtpd;
-    Sse compare: Cmpps;
-    Sse2 compare: Cmppd;
-    Sse compare32: Cmpss;
-    Sse flags32: Comiss Ucomiss;
-    Sse2 flags64: Comisd Ucomisd;
-    Sse3 binary: Addsubps Addsubpd Haddps Haddpd Hsubps Hsubpd;
-    Sse41 binary_imm: Dpps Dppd;
-    Sse41 unary_imm: Roundps Roundpd;
-    Sse41 scalar32_imm: Roundss;
-    Sse41 scalar64_imm: Roundsd;
+    Sse binary: Addps/Vaddps Subps/Vsubps Mulps/Vmulps Divps/Vdivps Minps/Vminps Maxps/Vmaxps;
+    Sse2 binary: Addpd/Vaddpd Subpd/Vsubpd Mulpd/Vmulpd Divpd/Vdivpd Minpd/Vminpd Maxpd/Vmaxpd;
+    Sse scalar32: Addss/Vaddss Subss/Vsubss Mulss/Vmulss Divss/Vdivss Minss/Vminss Maxss/Vmaxss Sqrtss/Vsqrtss
+        Rcpss/Vrcpss Rsqrtss/Vrsqrtss;
+    Sse2 scalar64: Addsd/Vaddsd Subsd/Vsubsd Mulsd/Vmulsd Divsd/Vdivsd Minsd/Vminsd Maxsd/Vmaxsd Sqrtsd/Vsqrtsd;
+    Sse unary: Sqrtps/Vsqrtps Rcpps/Vrcpps Rsqrtps/Vrsqrtps;
+    Sse2 unary: Sqrtpd/Vsqrtpd;
+    Sse compare: Cmpps/Vcmpps;
+    Sse2 compare: Cmppd/Vcmppd;
+    Sse compare32: Cmpss/Vcmpss;
+    Sse flags32: Comiss/Vcomiss Ucomiss/Vucomiss;
+    Sse2 flags64: Comisd/Vcomisd Ucomisd/Vucomisd;
+    Sse3 binary: Addsubps/Vaddsubps Addsubpd/Vaddsubpd Haddps/Vhaddps Haddpd/Vhaddpd Hsubps/Vhsubps Hsubpd/Vhsubpd;
+    Sse41 binary_imm: Dpps/Vdpps Dppd/Vdppd;
+    Sse41 unary_imm: Roundps/Vroundps Roundpd/Vroundpd;
+    Sse41 scalar32_imm: Roundss/Vroundss;
+    Sse41 scalar64_imm: Roundsd/Vroundsd;
 }
 
-/// `cmpps xmm, xmm/m128, imm8`: three bits of predicate in the legacy encoding.
+/// The predicate: three bits in the legacy encoding, five in VEX.
+fn predicate(t: &Translator<'_>) -> u8 {
+    t.imm8() & if t.vex { 0x1f } else { 7 }
+}
+/// `cmpps xmm, xmm/m128, imm8`.
 fn compare(t: &mut Translator<'_>, op: VecOp) {
-    t.insn.set_immediate8(t.imm8() & 7);
-    binary_imm(t, op);
+    binary_with(t, op, predicate(t));
 }
 fn compare32(t: &mut Translator<'_>, op: VecOp) {
-    t.insn.set_immediate8(t.imm8() & 7);
-    scalar32_imm(t, op);
+    scalar(t, op, 4, predicate(t));
 }
 fn compare64(t: &mut Translator<'_>, op: VecOp) {
-    t.insn.set_immediate8(t.imm8() & 7);
-    scalar64_imm(t, op);
+    scalar(t, op, 8, predicate(t));
 }
 
 fn flags32(t: &mut Translator<'_>, op: VecOp) {

@@ -1,42 +1,46 @@
-//! SSE to SSE4.2, AES, PCLMULQDQ and SHA in their legacy encodings: what the families share.
+//! SSE to SSE4.2, AES, PCLMULQDQ, GFNI and SHA, in their legacy and, where there is one, VEX encodings: what the families share.
 //!
 //! Place: emitters of [`crate::table`]'s rows. Nearly every instruction is one vector op between reading its operands and
-//! writing its destination; the rows name the shape and the op. Invariants: registers are read and written whole (V128),
-//! so that values stay in SSA; 16-byte memory operands are `ALIGNED` unless the instruction says otherwise; under
-//! `SSE_UNMASKED` an op that touches MXCSR is followed by its check before the first `Put`.
+//! writing its destination; the rows name the shape and the op. The shapes serve both encodings ([`operands`] knows what
+//! differs); instructions that exist only VEX-coded are in [`crate::avx`]. Invariants: registers are read and written in
+//! halves of 128 bits (V128), so that values stay in SSA; 16-byte memory operands of legacy encodings are `ALIGNED` unless
+//! the instruction says otherwise; under `SSE_UNMASKED` an op that touches MXCSR is followed by its check before the first `Put`.
 
-use iced_x86::{OpKind, Register};
-use twofold_arch::{Loc, TbFlags};
-use twofold_ir::{Helper, MemFlags, Ty, Value, VecOp};
+use twofold_ir::VecOp;
 
-use crate::translator::{Access, Translator};
+use crate::translator::Translator;
 
 pub mod convert;
 pub mod crypto;
 pub mod float;
 pub mod int;
 pub mod moves;
+pub(crate) mod operands;
 pub mod shuffle;
 pub mod state;
 pub mod string;
 
-/// `Feature shape: Mnemonic…;` makes rows that call `shape(t, VecOp::Mnemonic)`.
+/// `Feature shape: Mnemonic…;` makes rows that call `shape(t, VecOp::Mnemonic)`; `Mnemonic/Vmnemonic` makes one for the VEX-coded
+/// instruction too.
 macro_rules! rows {
-    ($name:ident; $($feature:ident $emit:ident: $($m:ident)*;)*) => {
+    ($name:ident; $($feature:ident $emit:ident: $($m:ident $(/ $v:ident)?)*;)*) => {
         const $name: &[$crate::table::Row] = &[$($(
             $crate::table::Row::all(iced_x86::Mnemonic::$m, |t| $emit(t, twofold_ir::VecOp::$m))
                 .feature(twofold_arch::cpuid::Feature::$feature)
                 .need($crate::table::Need::SSE),
+            $($crate::table::Row::vex(iced_x86::Mnemonic::$v, |t| $emit(t, twofold_ir::VecOp::$m)),)?
         )*)*];
     };
 }
-/// `Feature emitter: Mnemonic…;` makes rows that call `emitter(t)`; with `one`, `Code`s in place of mnemonics.
+/// `Feature emitter: Mnemonic…;` makes rows that call `emitter(t)`, with VEX-coded ones as in `rows`; with `one`, `Code`s in
+/// place of mnemonics.
 macro_rules! plain_rows {
-    ($name:ident; $($feature:ident $emit:ident: $($m:ident)*;)*) => {
+    ($name:ident; $($feature:ident $emit:ident: $($m:ident $(/ $v:ident)?)*;)*) => {
         const $name: &[$crate::table::Row] = &[$($(
             $crate::table::Row::all(iced_x86::Mnemonic::$m, $emit)
                 .feature(twofold_arch::cpuid::Feature::$feature)
                 .need($crate::table::Need::SSE),
+            $($crate::table::Row::vex(iced_x86::Mnemonic::$v, $emit),)?
         )*)*];
     };
     (one $name:ident; $($feature:ident $emit:ident: $($c:ident)*;)*) => {
@@ -49,113 +53,50 @@ macro_rules! plain_rows {
 }
 pub(crate) use {plain_rows, rows};
 
-/// Number of the vector register `r`.
-pub(crate) fn number(r: Register) -> u8 {
-    (r as u32).wrapping_sub(Register::XMM0 as u32) as u8 & 15
-}
-
-impl Translator<'_> {
-    /// The vector register that is operand `n`.
-    pub(crate) fn xmm(&mut self, n: u32) -> Value {
-        let r = number(self.insn.op_register(n));
-        self.b.get(Ty::V128, Loc::xmm(r))
-    }
-    /// Writes the vector register that is operand `n`.
-    pub(crate) fn put_xmm(&mut self, n: u32, v: Value) {
-        let r = number(self.insn.op_register(n));
-        self.b.put(Loc::xmm(r), v);
-    }
-    /// Whether operand `n` is a vector register.
-    pub(crate) fn is_xmm(&self, n: u32) -> bool {
-        self.insn.op_kind(n) == OpKind::Register && self.insn.op_register(n).is_xmm()
-    }
-    /// Operand `n`, a vector register or 16 bytes of aligned memory.
-    pub(crate) fn xmm_or_aligned(&mut self, n: u32) -> Value {
-        if self.is_mem(n) { self.load_aligned() } else { self.xmm(n) }
-    }
-    /// Operand `n`, a vector register or `bytes` of memory, zero-extended.
-    pub(crate) fn xmm_or_part(&mut self, n: u32, bytes: u32) -> Value {
-        if !self.is_mem(n) {
-            return self.xmm(n);
-        }
-        if bytes == 16 {
-            return self.load_mem(Ty::V128);
-        }
-        let v = self.load_mem(Ty::int(bytes));
-        self.widen(v)
-    }
-    /// An integer as a vector, zero-extended.
-    pub(crate) fn widen(&mut self, v: Value) -> Value {
-        let lo = self.b.zext(Ty::I64, v);
-        let hi = self.c64(0);
-        self.b.pair(lo, hi)
-    }
-    /// A constant vector of twice `half`.
-    pub(crate) fn splat64(&mut self, half: u64) -> Value {
-        let v = self.c64(half);
-        self.b.pair(v, v)
-    }
-    /// Loads 16 bytes that must be aligned.
-    pub(crate) fn load_aligned(&mut self) -> Value {
-        // #GP for the alignment comes before any #AC, so no alignment check is emitted.
-        let addr = self.mem_addr_unaligned(16, Access::Read);
-        let flags = self.mem_flags().or(MemFlags::ALIGNED);
-        self.b.load(Ty::V128, flags, addr)
-    }
-    /// Stores 16 bytes that must be aligned.
-    pub(crate) fn store_aligned(&mut self, v: Value) {
-        let addr = self.mem_addr_unaligned(16, Access::Write);
-        let flags = self.mem_flags().or(MemFlags::ALIGNED);
-        self.b.store(flags, addr, v);
-    }
-    /// The instruction's last operand, an immediate byte.
-    pub(crate) fn imm8(&self) -> u8 {
-        self.insn.immediate8()
-    }
-    /// A vector op; one that touches MXCSR is checked for unmasked exceptions when there can be any.
-    pub(crate) fn vector(&mut self, op: VecOp, imm: u8, args: &[Value]) -> Value {
-        let checked = op.sig().touches_mxcsr && self.flags.has(TbFlags::SSE_UNMASKED);
-        if checked {
-            let before = self.c64(0);
-            self.call(Helper::SseCheck, &[before]);
-        }
-        let v = self.b.vec(op, imm, args);
-        if checked {
-            let after = self.c64(1);
-            self.call(Helper::SseCheck, &[after]);
-        }
-        v
+/// The immediate of each half of a 256-bit instruction: most use the same, some go on where the low half's lanes end.
+fn imm_halves(op: VecOp, imm: u8) -> [u8; 2] {
+    match op {
+        VecOp::Shufpd | VecOp::Blendpd => [imm, imm >> 2],
+        VecOp::Mpsadbw => [imm, imm >> 3],
+        VecOp::Blendps => [imm, imm >> 4],
+        _ => [imm, imm],
     }
 }
 
-/// `op xmm, xmm/m128`.
+/// `op xmm, xmm/m128`, or `op ymm, ymm, ymm/m256`.
 pub(crate) fn binary(t: &mut Translator<'_>, op: VecOp) {
-    let a = t.xmm(0);
-    let b = t.xmm_or_aligned(1);
-    let v = t.vector(op, 0, &[a, b]);
-    t.put_xmm(0, v);
+    binary_with(t, op, 0);
 }
 
-/// `op xmm, xmm/m128, imm8`.
+/// The same with an immediate byte.
 pub(crate) fn binary_imm(t: &mut Translator<'_>, op: VecOp) {
-    let a = t.xmm(0);
-    let b = t.xmm_or_aligned(1);
-    let v = t.vector(op, t.imm8(), &[a, b]);
-    t.put_xmm(0, v);
+    binary_with(t, op, t.imm8());
+}
+
+/// The same with the immediate given.
+pub(crate) fn binary_with(t: &mut Translator<'_>, op: VecOp, imm: u8) {
+    let n = t.first();
+    let a = t.register(n);
+    let b = t.wide(n + 1);
+    let v = t.halves(op, imm_halves(op, imm), &[a, b]);
+    t.put_register(0, v);
 }
 
 /// `op xmm, xmm/m128` where the destination is only written.
 pub(crate) fn unary(t: &mut Translator<'_>, op: VecOp) {
-    let a = t.xmm_or_aligned(1);
-    let v = t.vector(op, 0, &[a]);
-    t.put_xmm(0, v);
+    unary_with(t, op, 0);
 }
 
 /// `op xmm, xmm/m128, imm8` where the destination is only written.
 pub(crate) fn unary_imm(t: &mut Translator<'_>, op: VecOp) {
-    let a = t.xmm_or_aligned(1);
-    let v = t.vector(op, t.imm8(), &[a]);
-    t.put_xmm(0, v);
+    unary_with(t, op, t.imm8());
+}
+
+/// The same with the immediate given.
+pub(crate) fn unary_with(t: &mut Translator<'_>, op: VecOp, imm: u8) {
+    let a = t.wide(1);
+    let v = t.halves(op, imm_halves(op, imm), &[a]);
+    t.put_register(0, v);
 }
 
 /// `op xmm, xmm/m32`.
@@ -175,14 +116,16 @@ pub(crate) fn scalar64_imm(t: &mut Translator<'_>, op: VecOp) {
     scalar(t, op, 8, t.imm8());
 }
 
-fn scalar(t: &mut Translator<'_>, op: VecOp, bytes: u32, imm: u8) {
-    let a = t.xmm(0);
-    let b = t.xmm_or_part(1, bytes);
+pub(crate) fn scalar(t: &mut Translator<'_>, op: VecOp, bytes: u32, imm: u8) {
+    let n = t.first();
+    let a = t.xmm(n);
+    let b = t.xmm_or_part(n + 1, bytes);
     let v = t.vector(op, imm, &[a, b]);
     t.put_xmm(0, v);
 }
 
-/// `op xmm, xmm/m64` (m32, m16): the low part of the source alone, the destination only written.
+/// `op xmm, xmm/m64` (m32, m16): the low part of the source alone, the destination only written. Twice as much of the
+/// source for 256 bits.
 pub(crate) fn from_low64(t: &mut Translator<'_>, op: VecOp) {
     from_low(t, op, 8);
 }
@@ -195,8 +138,24 @@ pub(crate) fn from_low16(t: &mut Translator<'_>, op: VecOp) {
     from_low(t, op, 2);
 }
 
-fn from_low(t: &mut Translator<'_>, op: VecOp, bytes: u32) {
-    let a = t.xmm_or_part(1, bytes);
-    let v = t.vector(op, 0, &[a]);
-    t.put_xmm(0, v);
+pub(crate) fn from_low(t: &mut Translator<'_>, op: VecOp, bytes: u32) {
+    if !t.is_256() {
+        let a = t.xmm_or_part(1, bytes);
+        let v = t.vector(op, 0, &[a]);
+        return t.put_xmm(0, v);
+    }
+    let a = t.xmm_or_part(1, 2 * bytes);
+    let upper = t.b.vec(VecOp::Psrldq, bytes as u8, &[a]);
+    let v = t.halves(op, [0; 2], &[operands::Wide::full(a, upper)]);
+    t.put_register(0, v);
+}
+
+/// `op xmm, xmm/m128` with XMM0 for a mask; VEX-coded the mask is an operand.
+pub(crate) fn by_mask(t: &mut Translator<'_>, op: VecOp) {
+    let n = t.first();
+    let a = t.register(n);
+    let b = t.wide(n + 1);
+    let mask = if t.vex { t.register(3) } else { t.xmm0() };
+    let v = t.halves(op, [0; 2], &[a, b, mask]);
+    t.put_register(0, v);
 }

@@ -14,6 +14,8 @@ use crate::translator::{Access, Translator};
 pub const ROWS: &[Row] = &[
     Row::all(Mnemonic::Ldmxcsr, ldmxcsr).feature(Feature::Sse).need(Need::SSE),
     Row::all(Mnemonic::Stmxcsr, stmxcsr).feature(Feature::Sse).need(Need::SSE),
+    Row::vex(Mnemonic::Vldmxcsr, ldmxcsr),
+    Row::vex(Mnemonic::Vstmxcsr, stmxcsr),
     Row::all(Mnemonic::Fxsave, |t| save(t, area::FXSAVE)).feature(Feature::Fxsr).need(Need::FXSR),
     Row::all(Mnemonic::Fxsave64, |t| save(t, area::FXSAVE | area::WIDE)).feature(Feature::Fxsr).need(Need::FXSR),
     Row::all(Mnemonic::Fxrstor, |t| restore(t, area::FXSAVE)).feature(Feature::Fxsr).need(Need::FXSR),

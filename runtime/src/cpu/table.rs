@@ -109,6 +109,8 @@ table! { v, a, b, c, d;
     RestoreState => fpu::restore_state(v, a, b),
     Ldmxcsr => fpu::ldmxcsr(v, a),
     Stmxcsr => Ok(fpu::stmxcsr(v)),
+    MaskedMove => fpu::vector::masked_move(v, a, b),
+    Gather => fpu::vector::gather(v, a, b),
     SseCheck => fpu::sse_check(v, a),
 }
 

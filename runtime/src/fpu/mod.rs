@@ -8,6 +8,7 @@ pub mod area;
 pub mod env;
 pub mod host;
 pub mod mxcsr;
+pub mod vector;
 pub mod x87;
 
 use twofold_arch::control::{cr0, cr4, rflags};
@@ -34,6 +35,11 @@ pub trait Guest {
     /// # Errors
     /// The exception of the access.
     fn store(&mut self, la: u64, data: &[u8], on_behalf: MemAs) -> Result<(), Trap>;
+    /// Whether `bytes` bytes could be written.
+    ///
+    /// # Errors
+    /// The exception that a store would raise.
+    fn check_store(&mut self, la: u64, bytes: u32, on_behalf: MemAs) -> Result<(), Trap>;
     /// Whether the x87 code and data selectors always read as 0 (CPUID.7.EBX bit 13).
     fn zero_selectors(&self) -> bool;
 }
@@ -47,6 +53,11 @@ impl Guest for Vcpu {
     }
     fn store(&mut self, la: u64, data: &[u8], on_behalf: MemAs) -> Result<(), Trap> {
         self.write_bytes(LinearAddr(la), data, on_behalf)
+    }
+    fn check_store(&mut self, la: u64, bytes: u32, on_behalf: MemAs) -> Result<(), Trap> {
+        self.host_span(LinearAddr(la), true, on_behalf)?;
+        self.host_span(LinearAddr(la.wrapping_add(u64::from(bytes) - 1)), true, on_behalf)?;
+        Ok(())
     }
     fn zero_selectors(&self) -> bool {
         self.model.has(Bit::ZeroFcsFds)

@@ -42,6 +42,9 @@ impl Guest for TestEnv {
         }
         Ok(())
     }
+    fn check_store(&mut self, la: u64, bytes: u32, behalf: MemAs) -> Result<(), Trap> {
+        self.load(la, &mut vec![0; bytes as usize], behalf)
+    }
     fn zero_selectors(&self) -> bool {
         true
     }
@@ -65,6 +68,8 @@ pub fn helpers_of<const KEY: u32>(env: &mut TestEnv, helper: Helper, a: [u64; 4]
         Helper::RestoreState => fpu::restore_state(env, a[0], a[1]),
         Helper::Ldmxcsr => fpu::ldmxcsr(env, a[0]),
         Helper::Stmxcsr => Ok(fpu::stmxcsr(env)),
+        Helper::MaskedMove => fpu::vector::masked_move(env, a[0], a[1]),
+        Helper::Gather => fpu::vector::gather(env, a[0], a[1]),
         Helper::SseCheck => fpu::sse_check(env, a[0]),
         _ => return None,
     };
