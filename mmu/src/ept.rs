@@ -315,6 +315,36 @@ impl EptWalk {
         Err((reason, self.fault(gpa, access, all, reason)))
     }
 
+    /// After a walk that ended at the last level: the page table used, with the rights that the entries above have in common.
+    pub fn table(&self) -> EptPage {
+        let Some((leaf, above)) = self.read().split_last() else { return EptPage(0) };
+        let rights = above.iter().fold(ept::RWX | XU, |all, s| all & s.entry);
+        EptPage(leaf.at.page().0 | rights)
+    }
+
+    /// The page that maps `gpa` in the page table `table` ([`Self::table`]), if it is there, `access` is allowed, and there is no
+    /// flag to set. For all else there is [`Self::walk`].
+    #[inline]
+    pub fn last_level(
+        &mut self,
+        c: &EptControls,
+        memory: Direct<'_>,
+        gpa: GuestPhysAddr,
+        table: EptPage,
+        access: &EptAccess,
+    ) -> Option<EptPage> {
+        let at = PhysAddr(table.0 & ADDR | (gpa.0 >> 12 & 0x1ff) << 3);
+        let entry = memory.load_u64(at);
+        self.push(EptStep { level: 1, at, entry });
+        let flags = if c.accessed_dirty { A } else { 0 };
+        if !c.present(entry) || c.misconfigured(entry, 1).is_some() || entry & flags != flags {
+            return None;
+        }
+        let rights = ept::RWX | if c.mode_based { XU } else { 0 };
+        let page = self.page(c, table.0 & entry & rights, 1);
+        (page.0 & access.need == access.need).then_some(page)
+    }
+
     fn page(&self, c: &EptControls, rights: u64, level: u8) -> EptPage {
         let leaf = self.read().last().map_or(0, |s| s.entry);
         let size = match level {

@@ -8,7 +8,7 @@
 //! flag needs no setting.
 //! Sources: SDM Vol 3C, "Caching Translation Information", "EPT Violations", "Exit Qualification for EPT Violations".
 
-use twofold_arch::vmx::ept::{D, R, W};
+use twofold_arch::vmx::ept::{D, PS, R, W};
 use twofold_arch::vmx::qualification::ept_violation as q;
 use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT};
 
@@ -43,9 +43,10 @@ pub(crate) struct GpaCache {
     /// Time of the last switch to it.
     pub last_used: u64,
     epoch: u64,
-    small: Box<[Entry]>,
-    /// 2 MiB pages and pieces of 1 GiB pages.
-    large: Box<[Entry]>,
+    small: Box<[Entry; SMALL]>,
+    /// By 2 MiB region: 2 MiB pages and pieces of 1 GiB pages; or (PS clear) the EPT page table of the region, with the
+    /// rights that the entries above it have in common.
+    large: Box<[Entry; LARGE]>,
 }
 
 impl std::fmt::Debug for GpaCache {
@@ -66,8 +67,8 @@ impl GpaCache {
             shape: c.shape(),
             last_used: 0,
             epoch: 1,
-            small: vec![EMPTY; SMALL].into(),
-            large: vec![EMPTY; LARGE].into(),
+            small: Box::new([EMPTY; SMALL]),
+            large: Box::new([EMPTY; LARGE]),
         }
     }
 
@@ -100,18 +101,35 @@ impl GpaCache {
             return Some(e.page);
         }
         let e = &self.large[slot(gpa, LARGE_SHIFT, LARGE)];
-        (e.tag == gpa.0 >> LARGE_SHIFT << LARGE_SHIFT | self.epoch).then_some(e.page)
+        (e.tag == self.large_tag(gpa) && e.page.0 & PS != 0).then_some(e.page)
     }
 
-    fn insert(&mut self, gpa: GuestPhysAddr, page: EptPage) {
-        if page.shift() == 12 {
-            self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page };
+    #[inline]
+    const fn large_tag(&self, gpa: GuestPhysAddr) -> u64 {
+        gpa.0 >> LARGE_SHIFT << LARGE_SHIFT | self.epoch
+    }
+
+    /// The EPT page table that maps the region of `gpa`, if it is cached.
+    fn table(&self, gpa: GuestPhysAddr) -> Option<EptPage> {
+        let e = &self.large[slot(gpa, LARGE_SHIFT, LARGE)];
+        (e.tag == self.large_tag(gpa) && e.page.0 & PS == 0).then_some(e.page)
+    }
+
+    fn insert_small(&mut self, gpa: GuestPhysAddr, page: EptPage) {
+        self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page };
+    }
+
+    /// Caches what a walk found: a page, and on the way to a small one the table it is in.
+    fn insert(&mut self, gpa: GuestPhysAddr, page: EptPage, walk: &EptWalk) {
+        let region = if page.shift() == 12 {
+            self.insert_small(gpa, page);
+            walk.table()
         } else {
             // A mapping of the address in the other array would be found first.
             self.small[slot(gpa, 12, SMALL)] = EMPTY;
-            let tag = gpa.0 >> LARGE_SHIFT << LARGE_SHIFT | self.epoch;
-            self.large[slot(gpa, LARGE_SHIFT, LARGE)] = Entry { tag, page };
-        }
+            page
+        };
+        self.large[slot(gpa, LARGE_SHIFT, LARGE)] = Entry { tag: self.large_tag(gpa), page: region };
     }
 }
 
@@ -156,28 +174,51 @@ impl<'a> Nested<'a> {
         Self { memory, controls, cache: None, pml: None, table, bypass: true, counts: EptCounts::default() }
     }
 
-    /// The page of `gpa`, if `access` is allowed.
+    /// The page of `gpa`, if it is cached and has the rights in `need`.
     #[inline]
-    pub(crate) fn find(&mut self, gpa: GuestPhysAddr, access: &EptAccess) -> Result<EptPage, EptFault> {
-        if !self.bypass
-            && let Some(page) = self.cache.as_ref().and_then(|c| c.find(gpa))
-            && page.0 & access.need == access.need
-        {
-            self.counts.hits += 1;
-            return Ok(page);
+    fn cached(&mut self, gpa: GuestPhysAddr, need: u64) -> Option<EptPage> {
+        if self.bypass {
+            return None;
         }
-        self.find_uncached(gpa, access)
+        let page = self.cache.as_ref()?.find(gpa)?;
+        if page.0 & need != need {
+            return None;
+        }
+        self.counts.hits += 1;
+        Some(page)
+    }
+
+    /// The page of `gpa`, if `access` is allowed.
+    pub(crate) fn find(&mut self, gpa: GuestPhysAddr, access: &EptAccess) -> Result<EptPage, EptFault> {
+        match self.cached(gpa, access.need) {
+            Some(page) => Ok(page),
+            None => self.find_uncached(gpa, access),
+        }
     }
 
     #[cold]
+    #[inline(never)]
     fn find_uncached(&mut self, gpa: GuestPhysAddr, access: &EptAccess) -> Result<EptPage, EptFault> {
         let mut walk = EptWalk::new();
+        if !self.bypass
+            && let Some(cache) = self.cache.as_deref_mut()
+            && let Some(table) = cache.table(gpa)
+        {
+            self.counts.walks += 1;
+            self.counts.entries_read += 1;
+            if let Some(page) = walk.last_level(&self.controls, self.memory, gpa, table, access) {
+                // The table may have been found in what is not in memory any more.
+                self.counts.hits += 1;
+                cache.insert_small(gpa, page);
+                return Ok(page);
+            }
+        }
         let Some(pml) = self.pml.as_deref_mut() else {
             return walk.look(&self.controls, self.memory, gpa, access).map_err(|(_, fault)| fault);
         };
         let page = walk.walk(&self.controls, self.memory, gpa, access, pml, &mut self.counts)?;
         if let Some(cache) = self.cache.as_deref_mut() {
-            cache.insert(gpa, page);
+            cache.insert(gpa, page, &walk);
         }
         Ok(page)
     }
@@ -187,15 +228,25 @@ impl<'a> Nested<'a> {
         EptAccess { la, ..self.table }
     }
 
+    /// The rights that an access of `kind` needs; `user` says that the linear address is a user-mode one.
+    #[inline]
+    const fn need(controls: &EptControls, kind: AccessKind, user: bool) -> u64 {
+        match kind {
+            AccessKind::Read => R,
+            AccessKind::Write => W | D,
+            AccessKind::Fetch => controls.fetch_right(user),
+        }
+    }
+
     /// The access of `kind` to a guest-physical address that is (`Some`) or is not the translation of a linear address.
     pub(crate) fn access(controls: &EptControls, kind: AccessKind, linear: Option<(LinearAddr, Rights)>) -> EptAccess {
         let user = linear.is_none_or(|(_, r)| r.user);
-        let (need, bit) = match kind {
-            AccessKind::Read => (R, q::READ),
-            AccessKind::Write => (W | D, q::WRITE),
-            AccessKind::Fetch => (controls.fetch_right(user), q::FETCH),
+        let need = Self::need(controls, kind, user);
+        let mut bits = match kind {
+            AccessKind::Read => q::READ,
+            AccessKind::Write => q::WRITE,
+            AccessKind::Fetch => q::FETCH,
         };
-        let mut bits = bit;
         if let Some((_, r)) = linear {
             bits |= q::LINEAR_VALID | q::TRANSLATION;
             for (on, bit) in
@@ -226,9 +277,11 @@ impl<'a> Nested<'a> {
 impl GuestPhysical for Nested<'_> {
     #[inline]
     fn read_entry(&mut self, at: GuestPhysAddr, width: EntryWidth, la: LinearAddr) -> Result<u64, EptFault> {
-        let access = self.table_access(la);
-        let pa = self.find(at, &access)?.place(at);
-        Ok(self.memory.load_entry(pa, width))
+        let page = match self.cached(at, self.table.need) {
+            Some(page) => page,
+            None => self.find_uncached(at, &self.table_access(la))?,
+        };
+        Ok(self.memory.load_entry(page.place(at), width))
     }
 
     fn exchange_entry(
@@ -256,11 +309,14 @@ impl GuestPhysical for Nested<'_> {
         rights: Rights,
         la: LinearAddr,
     ) -> Result<Frame, EptFault> {
-        let mut access = Self::access(&self.controls, kind, Some((la, rights)));
-        if self.pml.is_none() {
-            access = access.without_needs();
-        }
-        let page = self.find(at, &access)?;
+        let page = match self.cached(at, Self::need(&self.controls, kind, rights.user)) {
+            Some(page) => page,
+            None => {
+                let access = Self::access(&self.controls, kind, Some((la, rights)));
+                let access = if self.pml.is_none() { access.without_needs() } else { access };
+                self.find_uncached(at, &access)?
+            }
+        };
         Ok(self.frame(at, page, rights.user))
     }
 }
