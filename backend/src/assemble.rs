@@ -166,6 +166,8 @@ pub(crate) fn assemble(
         size: block.flags.size(),
         fixed,
         framed,
+        first_slot: 0,
+        sites: Vec::new(),
     })
 }
 

@@ -62,6 +62,7 @@ pub struct InstalledTb {
     /// Guest instructions that its entry charges to the budget.
     pub charged: u16,
     returns: Box<[(u32, u16)]>,
+    sites: Box<[(u16, u16)]>,
 }
 
 impl InstalledTb {
@@ -71,6 +72,13 @@ impl InstalledTb {
         let off = u32::try_from(host_ret.checked_sub(self.code.start)?).ok()?;
         let i = self.returns.binary_search_by_key(&off, |r| r.0).ok()?;
         Some(self.returns[i].1 as usize)
+    }
+    /// Of a region's code: the page offset of the guest instruction whose call returns to host address `host_ret`, and what to
+    /// add to the budget when it is abandoned.
+    #[must_use]
+    pub fn site(&self, host_ret: u64) -> Option<(u16, i32)> {
+        let &(off, back) = self.sites.get(self.insn_at(host_ret)?)?;
+        Some((off, back.into()))
     }
     /// What to add to the budget when the block is abandoned at guest instruction `insn`: those charged and not retired.
     #[must_use]
@@ -182,7 +190,7 @@ impl CodeMemory {
             let stub = start + tb.code.len() + i * STUB;
             self.write(stub, &[0xe8]);
             self.patch(stub + 1, self.thunks[Thunk::unlinked(tb.size).index()] as usize);
-            self.write(stub + 5, &Leave::unlinked_word(id, i as u16).to_le_bytes());
+            self.write(stub + 5, &Leave::unlinked_word(id, tb.first_slot + i as u16).to_le_bytes());
             self.write(stub + 13, &u32::from(s.off).to_le_bytes());
             let at = start + s.at as usize;
             self.patch(at, stub);
@@ -204,6 +212,7 @@ impl CodeMemory {
             slots: slots.into(),
             charged: tb.charged,
             returns: tb.returns.clone().into(),
+            sites: tb.sites.clone().into(),
         })
     }
 

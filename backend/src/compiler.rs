@@ -90,6 +90,10 @@ pub struct CompiledTb {
     pub(crate) size: CodeSize,
     pub(crate) fixed: bool,
     pub(crate) framed: bool,
+    /// The number of the first slot.
+    pub(crate) first_slot: u16,
+    /// Of a region: what `returns` refers to, see [`crate::InstalledTb::site`].
+    pub(crate) sites: Vec<(u16, u16)>,
 }
 
 impl CompiledTb {
@@ -143,7 +147,7 @@ impl Compiler {
         if !crate::available() {
             return Err(CompileError::Unavailable);
         }
-        let isa = host_isa().ok_or(CompileError::Unavailable)?;
+        let isa = host_isa("none").ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
         Ok(Self { options, isa, context, control, buffers, stats: CompileStats::default() })
     }
@@ -218,7 +222,7 @@ impl Compiler {
 }
 
 /// Takes out of Cranelift's buffer what `assemble` needs.
-fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -> Result<Emitted, CompileError> {
+pub(crate) fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -> Result<Emitted, CompileError> {
     let names = func.params.user_named_funcs();
     let locations = buffer.get_srclocs_sorted();
     let mut e = Emitted { code: buffer.data().to_vec(), ..Emitted::default() };
@@ -265,7 +269,7 @@ fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -
 
 /// Checks the function as Cranelift wants it, but for the results that our called thunks have: its own functions of that
 /// convention could not have any.
-fn verify(func: &Function, isa: &dyn TargetIsa) -> Result<(), CompileError> {
+pub(crate) fn verify(func: &Function, isa: &dyn TargetIsa) -> Result<(), CompileError> {
     let mut copy = func.clone();
     for (_, signature) in &mut copy.dfg.signatures {
         if signature.call_conv == CallConv::PreserveAll {
@@ -275,10 +279,10 @@ fn verify(func: &Function, isa: &dyn TargetIsa) -> Result<(), CompileError> {
     cranelift_codegen::verify_function(&copy, isa).map_err(|e| CompileError::Codegen(format!("{e}\n{copy}")))
 }
 
-fn host_isa() -> Option<OwnedTargetIsa> {
+pub(crate) fn host_isa(opt_level: &str) -> Option<OwnedTargetIsa> {
     let mut shared = settings::builder();
     for (name, value) in [
-        ("opt_level", "none"),
+        ("opt_level", opt_level),
         ("regalloc_algorithm", "backtracking"),
         // Tail calls need them on x86-64; see `assemble` for what becomes of them.
         ("preserve_frame_pointers", "true"),

@@ -16,6 +16,7 @@ mod disasm;
 mod layout;
 mod lower;
 pub mod perf;
+mod region;
 mod thunk;
 #[cfg(target_arch = "x86_64")]
 mod thunks;
@@ -27,4 +28,5 @@ pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
 pub use disasm::disassemble;
+pub use region::{REGION_SLOTS, RegionCompiler};
 pub use thunks::{available, enter};

@@ -12,9 +12,11 @@
 mod exit;
 mod int;
 mod mem;
+mod region;
 mod vec;
 
 pub(crate) use exit::raise_word;
+pub(crate) use region::{LoweredRegion, lower_region};
 
 use cranelift_codegen::cursor::{Cursor, FuncCursor};
 use cranelift_codegen::ir::immediates::{Imm64, Offset32};

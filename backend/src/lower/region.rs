@@ -1,0 +1,379 @@
+//! A region to CLIF: several blocks with the jumps between them, one function; guest registers are SSA values.
+//!
+//! Place in the pipeline: called by `region` (the optimising tier's compiler) for blocks of one page and one key that lead to
+//! each other; each op that does not touch guest state or memory is lowered as in the quick tier.
+//!
+//! Invariants: a field that is kept in a value (a slot, see `slots`) is written back before anything outside can see it: at
+//! exits, before helpers and in the cold path of every memory access. Which of them need it is known statically: `dirty`.
+//! Every cycle has an edge that looks at the budget and at the attention word. The budget is charged at the start of each
+//! block and is exact wherever the region is left. A source location is an index in [`LoweredRegion::sites`].
+
+mod mem;
+mod slots;
+
+use std::collections::HashMap;
+
+use cranelift_codegen::cursor::{Cursor, FuncCursor};
+use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::{
+    AliasRegionData, Block as ClifBlock, BlockArg, Function, InstBuilder, MemFlagsData, SourceLoc, Value as Clif, types,
+};
+use twofold_ir::{Block, Exit, Op, Ty};
+
+use super::{Buffers, Lowered, Lowering, Shape, V, signature};
+use crate::compiler::CompileError;
+use crate::layout;
+use crate::thunk::Thunk;
+use slots::Slots;
+
+/// What a region's lowering leaves beside the function.
+#[derive(Debug, Default)]
+pub(crate) struct LoweredRegion {
+    /// Page offset of each direct exit's target, in the order of their external indexes.
+    pub slots: Vec<u16>,
+    /// For each guest instruction: its page offset, and what its abandonment gives back to the budget.
+    pub sites: Vec<(u16, u16)>,
+}
+
+/// How the blocks hang together.
+#[derive(Debug)]
+struct Graph {
+    /// Block by page offset of its start.
+    by_start: HashMap<u16, usize>,
+    /// Edges that look at the budget.
+    checked: Vec<(usize, usize)>,
+    /// Slots that may be dirty at the start of each block.
+    dirty: Vec<u64>,
+}
+
+impl Graph {
+    fn target(&self, exit: &Exit) -> Option<usize> {
+        match exit {
+            Exit::Jump { off } => self.by_start.get(off).copied(),
+            _ => None,
+        }
+    }
+
+    fn new(blocks: &[Block], slots: &Slots) -> Self {
+        let by_start = blocks.iter().enumerate().map(|(i, b)| (b.start(), i)).collect();
+        let mut g = Self { by_start, checked: Vec::new(), dirty: vec![0; blocks.len()] };
+        let edges: Vec<Vec<usize>> = blocks.iter().map(|b| exits(b).filter_map(|e| g.target(e)).collect()).collect();
+        // Depth first from the root: an edge to a block that is still open closes a cycle.
+        let (mut color, mut stack) = (vec![0u8; blocks.len()], vec![(0, 0)]);
+        color[0] = 1;
+        while let Some((b, next)) = stack.last_mut() {
+            let from = *b;
+            let Some(&to) = edges[from].get(*next) else {
+                color[from] = 2;
+                stack.pop();
+                continue;
+            };
+            *next += 1;
+            if color[to] == 1 {
+                g.checked.push((from, to));
+            } else if color[to] == 0 {
+                color[to] = 1;
+                stack.push((to, 0));
+            }
+        }
+        // What a helper does may end the region.
+        for (i, b) in blocks.iter().enumerate() {
+            if b.ops.iter().any(impure) {
+                g.checked.extend(edges[i].iter().map(|&to| (i, to)));
+            }
+        }
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for (i, b) in blocks.iter().enumerate() {
+                let mut now = g.dirty[i];
+                let mut flow = |exit: &Exit, now: u64| {
+                    if let Some(&to) = match exit {
+                        Exit::Jump { off } => g.by_start.get(off),
+                        _ => None,
+                    } {
+                        changed |= g.dirty[to] | now != g.dirty[to];
+                        g.dirty[to] |= now;
+                    }
+                };
+                for op in &b.ops {
+                    if let Op::ExitIf { exit, .. } = *op
+                        && let Some(side) = b.exits.get(exit as usize)
+                    {
+                        flow(&side.exit, now);
+                    }
+                    now = dirty_after(slots, op, now);
+                }
+                if let Some(end) = &b.end {
+                    flow(end, now);
+                }
+            }
+        }
+        g
+    }
+}
+
+/// Every way out of a block.
+fn exits(b: &Block) -> impl Iterator<Item = &Exit> {
+    b.exits.iter().map(|s| &s.exit).chain(&b.end)
+}
+
+/// Whether an op may change any of the guest state.
+fn impure(op: &Op) -> bool {
+    matches!(op, Op::Call { helper, .. } if !helper.info().pure)
+}
+
+fn dirty_after(slots: &Slots, op: &Op, dirty: u64) -> u64 {
+    match *op {
+        Op::Put { ty, loc, .. } => slots.find(ty, loc).map_or(dirty, |p| dirty | 1 << p.slot),
+        _ if impure(op) => 0,
+        _ => dirty,
+    }
+}
+
+struct RegionLowering<'a> {
+    l: Lowering<'a>,
+    blocks: &'a [Block],
+    graph: Graph,
+    slots: Slots,
+    sites: Vec<(u16, u16)>,
+    heads: Vec<ClifBlock>,
+    /// The value of each slot here.
+    values: Vec<Clif>,
+    /// What is left of the budget here.
+    budget: Clif,
+    /// Slots whose field may be out of date here.
+    dirty: u64,
+    /// The block that is being lowered.
+    at: usize,
+    /// Flags of accesses to guest memory and to the softmmu tables.
+    guest: MemFlagsData,
+    tlb: MemFlagsData,
+}
+
+/// Fills `func` (cleared) with the region's CLIF. `counters`: for each block the entry of the table of execution counts.
+pub(crate) fn lower_region(
+    func: &mut Function,
+    blocks: &[Block],
+    counters: Option<&[u32]>,
+    buf: &mut Buffers,
+) -> Result<LoweredRegion, CompileError> {
+    let root = blocks.first().ok_or(CompileError::Malformed)?;
+    let mut out = Lowered::default();
+    func.signature = signature(Shape::tail(1));
+    let entry = func.dfg.make_block();
+    func.layout.append_block(entry);
+    let state = func.dfg.append_block_param(entry, types::I64);
+    let mut alias = |id: u32, name: &'static str| {
+        Some(func.dfg.alias_regions.insert(AliasRegionData { user_id: id, description: name.into() }))
+    };
+    let (of_state, of_guest, of_tlb) = (alias(1, "state"), alias(2, "guest"), alias(3, "tlb"));
+    let trusted = func.dfg.mem_flags.insert_unchecked(MemFlagsData::trusted().with_alias_region(of_state));
+    let unaligned = MemFlagsData::new().with_notrap();
+    let vector = func.dfg.mem_flags.insert_unchecked(unaligned.with_alias_region(of_state));
+    buf.functions.clear();
+    let slots = Slots::new(blocks);
+    let full = slots.has_vectors() || blocks.iter().flat_map(|b| &b.ops).any(|op| op.result() == Some(Ty::V128));
+    let graph = Graph::new(blocks, &slots);
+    let mut cur = FuncCursor::new(func);
+    cur.goto_bottom(entry);
+    cur.set_srcloc(SourceLoc::new(0));
+    let l = Lowering {
+        cur,
+        block: root,
+        buf,
+        out: &mut out,
+        state,
+        full,
+        trusted,
+        guest: vector,
+        signatures: Vec::new(),
+    };
+    let mut r = RegionLowering {
+        l,
+        blocks,
+        graph,
+        slots,
+        sites: Vec::new(),
+        heads: Vec::new(),
+        values: Vec::new(),
+        budget: state,
+        dirty: 0,
+        at: 0,
+        guest: unaligned.with_alias_region(of_guest),
+        tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
+    };
+    r.sites.push((root.start(), 0));
+    r.heads = (0..blocks.len()).map(|_| r.l.new_block(false)).collect();
+    r.entry();
+    for i in 0..blocks.len() {
+        r.block(i, counters.and_then(|c| c.get(i)).copied())?;
+    }
+    let sites = r.sites;
+    Ok(LoweredRegion { slots: out.slots, sites })
+}
+
+impl RegionLowering<'_> {
+    /// Loads everything and goes to the root, if there is a budget.
+    fn entry(&mut self) {
+        self.reload();
+        self.jump_checked(0);
+    }
+
+    /// Reads all fields that are kept in values.
+    fn reload(&mut self) {
+        self.budget = self.l.load_state(types::I32, layout::BUDGET);
+        self.values = (0..self.slots.len())
+            .map(|i| {
+                let (loc, ty) = self.slots.field(i);
+                self.l.load_state(ty, loc)
+            })
+            .collect();
+        self.dirty = 0;
+    }
+
+    /// Writes back what may be out of date, and the budget.
+    fn write_back(&mut self) {
+        self.l.store_state(self.budget, layout::BUDGET);
+        self.write_back_slots(self.dirty);
+    }
+    fn write_back_slots(&mut self, mask: u64) {
+        for i in (0..self.slots.len()).filter(|i| mask >> i & 1 != 0) {
+            self.l.store_state(self.values[i], self.slots.field(i).0);
+        }
+    }
+
+    fn arguments(&self) -> Vec<BlockArg> {
+        self.values.iter().copied().chain([self.budget]).map(BlockArg::Value).collect()
+    }
+
+    /// One block.
+    fn block(&mut self, i: usize, counter: Option<u32>) -> Result<(), CompileError> {
+        let b = &self.blocks[i];
+        self.at = i;
+        self.l.block = b;
+        for list in [&mut self.l.buf.values, &mut self.l.buf.wide] {
+            list.clear();
+            list.resize(b.ops.len(), None);
+        }
+        let head = self.heads[i];
+        self.l.cur.goto_bottom(head);
+        let dfg = &mut self.l.cur.func.dfg;
+        self.values = (0..self.slots.len()).map(|s| dfg.append_block_param(head, self.slots.field(s).1)).collect();
+        self.budget = dfg.append_block_param(head, types::I32);
+        self.dirty = self.graph.dirty[i];
+        self.budget = self.l.cur.ins().iadd_imm_s(self.budget, -i64::from(b.retired));
+        if let Some(c) = counter {
+            self.count(c);
+        }
+        let end = b.end.ok_or(CompileError::Malformed)?;
+        let mut next_insn = 0;
+        for (n, op) in b.ops.iter().enumerate() {
+            while let Some(insn) = b.insns.get(next_insn).filter(|insn| insn.first as usize <= n) {
+                self.sites.push((insn.off, b.retired.saturating_sub(next_insn as u16)));
+                self.l.cur.set_srcloc(SourceLoc::new(self.sites.len() as u32 - 1));
+                next_insn += 1;
+            }
+            self.op(n, op)?;
+        }
+        self.leave(&end, b.retired)
+    }
+
+    /// Adds one to an execution count.
+    fn count(&mut self, counter: u32) {
+        let table = self.l.load_state(types::I64, layout::EXEC_COUNTS);
+        let (flags, at) = (MemFlagsData::trusted(), counter.wrapping_mul(8) as i32);
+        let n = self.l.cur.ins().load(types::I64, flags, table, at);
+        let n = self.l.cur.ins().iadd_imm_s(n, 1);
+        self.l.cur.ins().store(flags, n, table, at);
+    }
+
+    fn op(&mut self, i: usize, op: &Op) -> Result<(), CompileError> {
+        match *op {
+            Op::Get { ty, loc } => {
+                let v = self.get(ty, loc);
+                self.l.set(i, v);
+            }
+            Op::Put { ty, loc, v } => {
+                let v = self.l.get(v)?;
+                self.put(ty, loc, v);
+            }
+            Op::Cond { .. } | Op::Flags => {
+                self.write_back_slots(self.dirty & self.slots.flags());
+                self.l.op(i, op)?;
+            }
+            Op::Load { ty, flags, addr } => self.load(i, ty, flags, addr)?,
+            Op::Store { ty, flags, addr, v } => self.store(ty, flags, addr, v)?,
+            Op::Rmw { op, ty, addr, v } => self.rmw(i, op, ty, addr, v)?,
+            Op::CmpXchg { ty, addr, expected, new } => self.cmpxchg(i, ty, addr, expected, new)?,
+            Op::Call { .. } if impure(op) => {
+                self.write_back();
+                self.l.op(i, op)?;
+                self.reload();
+            }
+            Op::ExitIf { c, exit } => {
+                let side = *self.l.block.exits.get(exit as usize).ok_or(CompileError::Malformed)?;
+                let c = self.l.get(c)?;
+                self.side_exit(c, &side.exit, side.retired)?;
+            }
+            _ => self.l.op(i, op)?,
+        }
+        debug_assert_eq!(self.dirty, dirty_after(&self.slots, op, self.dirty));
+        Ok(())
+    }
+
+    fn side_exit(&mut self, c: Clif, exit: &Exit, retired: u16) -> Result<(), CompileError> {
+        let inside = self.graph.target(exit).is_some();
+        let out = self.l.new_block(!inside);
+        let next = self.l.new_block(false);
+        self.l.cur.ins().brif(c, out, &[], next, &[]);
+        self.l.cur.goto_bottom(out);
+        let budget = self.budget;
+        self.leave(exit, retired)?;
+        self.budget = budget;
+        self.l.cur.goto_bottom(next);
+        Ok(())
+    }
+
+    /// Goes to another block of the region or out of it, with `retired` guest instructions of this one complete.
+    fn leave(&mut self, exit: &Exit, retired: u16) -> Result<(), CompileError> {
+        let back = i64::from(self.l.block.retired) - i64::from(retired);
+        if back != 0 {
+            self.budget = self.l.cur.ins().iadd_imm_s(self.budget, back);
+        }
+        match self.graph.target(exit) {
+            Some(to) if self.graph.checked.contains(&(self.at, to)) => self.jump_checked(to),
+            Some(to) => {
+                let args = self.arguments();
+                self.l.cur.ins().jump(self.heads[to], &args);
+            }
+            None => {
+                self.write_back();
+                self.l.exit(exit, self.l.block.retired)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// To block `to`, unless the budget has run out or somebody wants attention.
+    fn jump_checked(&mut self, to: usize) {
+        // Atomic so that every time round looks again.
+        let at = self.l.cur.ins().iadd_imm_s(self.l.state, layout::ATTENTION as i64);
+        let attention = self.l.cur.ins().atomic_load(types::I32, MemFlagsData::trusted(), at);
+        let word = self.l.cur.ins().bor(attention, self.budget);
+        let c = self.l.cur.ins().icmp_imm_s(IntCC::SignedLessThan, word, 0);
+        let out = self.l.new_block(true);
+        let args = self.arguments();
+        self.l.cur.ins().brif(c, out, &[], self.heads[to], &args);
+        self.l.cur.goto_bottom(out);
+        self.write_back();
+        let target = &self.blocks[to];
+        let off = self.l.const64(target.start().into());
+        self.l.tail(Thunk::budget(target.flags.size()), &[off]);
+    }
+}
+
+/// The width in bytes of a slot's type.
+fn is_vector(ty: cranelift_codegen::ir::Type) -> bool {
+    ty == V
+}

@@ -1,0 +1,143 @@
+//! The optimising tier's compiler: blocks that lead to each other in, one piece of host code out.
+//!
+//! Place in the pipeline: `lower::region` makes the CLIF, Cranelift optimises; what comes out is installed like a block's code
+//! and entered like it, at its first block. Unlike the quick tier's, the code is left as Cranelift wrote it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use cranelift_codegen::Context;
+use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::isa::OwnedTargetIsa;
+use twofold_ir::Block;
+
+use crate::assemble::Target;
+use crate::code::MAX_TB_BYTES;
+use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Options, emitted, host_isa, verify};
+use crate::lower::{Buffers, LoweredRegion, lower_region};
+
+/// Slots of regions are numbered from here on, so that they differ from those of the root's own code.
+pub const REGION_SLOTS: u16 = 0x8000;
+
+/// Room before the code: a multiple of the alignment of constants and loops.
+const HEADER: usize = 64;
+/// `mov rdi, rbp`: RBP is the state at entry, the function's parameter is in RDI.
+const ENTRY: [u8; 3] = [0x48, 0x89, 0xef];
+
+/// Compiles regions; keeps its buffers from one to the next.
+pub struct RegionCompiler {
+    options: Options,
+    isa: OwnedTargetIsa,
+    context: Context,
+    control: ControlPlane,
+    buffers: Buffers,
+}
+
+impl std::fmt::Debug for RegionCompiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegionCompiler").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl RegionCompiler {
+    /// A compiler for this host.
+    ///
+    /// # Errors
+    /// [`CompileError::Unavailable`] when the host has no compile tier.
+    pub fn new(options: Options) -> Result<Self, CompileError> {
+        if !crate::available() {
+            return Err(CompileError::Unavailable);
+        }
+        let isa = host_isa("speed").ok_or(CompileError::Unavailable)?;
+        let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
+        Ok(Self { options, isa, context, control, buffers })
+    }
+
+    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` their code adds
+    /// one to those entries of the table at `CpuState::exec_counts`.
+    ///
+    /// # Errors
+    /// See [`CompileError`]; the blocks then keep the code they have.
+    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[u32]>) -> Result<CompiledTb, CompileError> {
+        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(blocks, counters)));
+        result.unwrap_or_else(|payload| {
+            // What a panic left behind is not to be trusted.
+            self.context = Context::new();
+            self.control = ControlPlane::default();
+            self.buffers = Buffers::default();
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+            Err(CompileError::Panic(text.unwrap_or("?").to_owned()))
+        })
+    }
+
+    /// The CLIF text of a region (`-d clif`).
+    ///
+    /// # Errors
+    /// As [`RegionCompiler::compile`].
+    pub fn clif_text(&mut self, blocks: &[Block]) -> Result<String, CompileError> {
+        self.context.clear();
+        lower_region(&mut self.context.func, blocks, None, &mut self.buffers)?;
+        Ok(self.context.func.display().to_string())
+    }
+
+    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[u32]>) -> Result<CompiledTb, CompileError> {
+        self.context.clear();
+        let lowered = lower_region(&mut self.context.func, blocks, counters, &mut self.buffers)?;
+        if self.options.verify {
+            verify(&self.context.func, &*self.isa)?;
+        }
+        let compiled = self.context.compile(&*self.isa, &mut self.control);
+        compiled.map_err(|e| CompileError::Codegen(format!("{:?}", e.inner)))?;
+        let buffer = &self.context.compiled_code().ok_or(CompileError::Malformed)?.buffer;
+        if buffer.data().len() > MAX_TB_BYTES / 2 {
+            return Err(CompileError::TooLarge);
+        }
+        let emitted = emitted(&self.context.func, buffer, 0)?;
+        let size = blocks.first().ok_or(CompileError::Malformed)?.flags.size();
+        place(&emitted.code, &emitted.relocs, lowered, size)
+    }
+}
+
+/// Puts the entry before the code, and what refers to the outside in lists.
+fn place(
+    code: &[u8],
+    relocs: &[(u32, Target, u16)],
+    lowered: LoweredRegion,
+    size: twofold_arch::CodeSize,
+) -> Result<CompiledTb, CompileError> {
+    let mut out = vec![0xcc; HEADER - ENTRY.len()];
+    out.extend(ENTRY);
+    out.extend(code);
+    let (mut calls, mut slots, mut returns) = (Vec::new(), Vec::new(), Vec::new());
+    for &(at, target, site) in relocs {
+        let opcode = (at as usize).checked_sub(1).and_then(|i| code.get(i));
+        let at = at + HEADER as u32;
+        match target {
+            Target::Thunk(t) => {
+                calls.push((at, t));
+                if opcode == Some(&0xe8) {
+                    returns.push((at + 4, site));
+                }
+            }
+            Target::Slot(n) => {
+                let off = *lowered.slots.get(n as usize).ok_or(CompileError::Malformed)?;
+                slots.push(CompiledSlot { at, off });
+            }
+            Target::Probe(_) => return Err(CompileError::Malformed),
+        }
+    }
+    returns.sort_unstable();
+    Ok(CompiledTb {
+        code: out,
+        entry: (HEADER - ENTRY.len()) as u32,
+        calls,
+        slots,
+        returns,
+        charged: 0,
+        size,
+        fixed: true,
+        framed: true,
+        first_slot: REGION_SLOTS,
+        sites: lowered.sites,
+    })
+}
