@@ -164,7 +164,7 @@ fn each_bit(w: usize, mut bits: u64, mut f: impl FnMut(usize)) {
 /// Entries in a table at first.
 const MIN_ENTRIES: usize = 512;
 /// Entries in a table at most.
-const MAX_ENTRIES: usize = 8192;
+const MAX_ENTRIES: usize = 1 << 16;
 
 /// What [`Table::lookup`] found.
 #[derive(Clone, Copy, Debug)]
