@@ -38,6 +38,31 @@ pub struct Regs {
     pub flags: u64,
     /// 1 when a branch was taken (to [`TAKEN`] bytes after the instruction).
     pub taken: u64,
+    /// The high halves of the vector registers; not on hosts without AVX.
+    pub high: [u128; 16],
+    /// What was raised: vector, error code and CR2 (of a page fault).
+    pub raised: Option<Raised>,
+}
+
+/// An exception.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Raised {
+    /// Its vector.
+    pub vector: u8,
+    /// The error code of a page fault, else 0.
+    pub error: u32,
+    /// The address of a page fault, else 0.
+    pub cr2: u64,
+}
+
+impl Raised {
+    /// With what only page faults have dropped for others.
+    #[must_use]
+    pub fn new(vector: u8, error: u32, cr2: u64) -> Self {
+        // Linux says "present" of all of its own half.
+        let error = if cr2 >> 63 != 0 { error & !1 } else { error };
+        if vector == 14 { Self { vector, error, cr2 } } else { Self { vector, error: 0, cr2: 0 } }
+    }
 }
 
 /// What a run ended with.
@@ -64,7 +89,7 @@ impl Regs {
     /// All zero but the control words, which have their usual values.
     #[must_use]
     pub fn new() -> Self {
-        let mut r = Self { fx: [0; 512], gpr: [0; 16], flags: 0, taken: 0 };
+        let mut r = Self { fx: [0; 512], gpr: [0; 16], flags: 0, taken: 0, high: [0; 16], raised: None };
         r.fx[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
         r.set_mxcsr(0x1f80);
         r.gpr[4] = MIDDLE;
@@ -133,8 +158,8 @@ impl Regs {
         }
         for i in 0..16 {
             let v = self.xmm(i);
-            s.vec[i][0] = v as u64;
-            s.vec[i][1] = (v >> 64) as u64;
+            let high = self.high[i];
+            s.vec[i] = [v as u64, (v >> 64) as u64, high as u64, (high >> 64) as u64];
         }
     }
 
@@ -156,7 +181,9 @@ impl Regs {
             self.set_st(i, v[..10].try_into().unwrap_or([0; 10]));
         }
         for i in 0..16 {
-            self.set_xmm(i, u128::from(s.vec[i][0]) | u128::from(s.vec[i][1]) << 64);
+            let [a, b, c, d] = s.vec[i].map(u128::from);
+            self.set_xmm(i, a | b << 64);
+            self.high[i] = c | d << 64;
         }
     }
 }
@@ -182,6 +209,11 @@ struct Shared {
     flat_ss: u64,
     ss: u64,
     ds: u64,
+    /// Whether the host has AVX.
+    avx: u64,
+    trap: u64,
+    error: u64,
+    cr2: u64,
 }
 
 static mut SHARED: Shared = Shared {
@@ -194,6 +226,10 @@ static mut SHARED: Shared = Shared {
     flat_ss: FLAT,
     ss: FLAT,
     ds: FLAT,
+    avx: 0,
+    trap: 0,
+    error: 0,
+    cr2: 0,
 };
 
 /// Linux's flat user data segment, its 32-bit and 64-bit code segments.
@@ -253,6 +289,25 @@ unsafe extern "C" fn run_native(regs: *mut Regs) {
         "mov [rip + {s}], rsp",
         "mov [rip + {s} + 8], rdi",
         "fxrstor64 [rdi]",
+        "cmp qword ptr [rip + {s} + 72], 0",
+        "je 2f",
+        "vinsertf128 ymm0, ymm0, [rdi + 656], 1",
+        "vinsertf128 ymm1, ymm1, [rdi + 672], 1",
+        "vinsertf128 ymm2, ymm2, [rdi + 688], 1",
+        "vinsertf128 ymm3, ymm3, [rdi + 704], 1",
+        "vinsertf128 ymm4, ymm4, [rdi + 720], 1",
+        "vinsertf128 ymm5, ymm5, [rdi + 736], 1",
+        "vinsertf128 ymm6, ymm6, [rdi + 752], 1",
+        "vinsertf128 ymm7, ymm7, [rdi + 768], 1",
+        "vinsertf128 ymm8, ymm8, [rdi + 784], 1",
+        "vinsertf128 ymm9, ymm9, [rdi + 800], 1",
+        "vinsertf128 ymm10, ymm10, [rdi + 816], 1",
+        "vinsertf128 ymm11, ymm11, [rdi + 832], 1",
+        "vinsertf128 ymm12, ymm12, [rdi + 848], 1",
+        "vinsertf128 ymm13, ymm13, [rdi + 864], 1",
+        "vinsertf128 ymm14, ymm14, [rdi + 880], 1",
+        "vinsertf128 ymm15, ymm15, [rdi + 896], 1",
+        "2:",
         "push qword ptr [rdi + 640]",
         "popfq",
         "mov qword ptr [rip + {s} + 24], 1",
@@ -288,6 +343,26 @@ unsafe extern "C" fn come_back() {
         "pop qword ptr [rax + 640]",
         "cld",
         "fxsave64 [rax]",
+        "cmp qword ptr [rip + {s} + 72], 0",
+        "je 2f",
+        "vextractf128 [rax + 656], ymm0, 1",
+        "vextractf128 [rax + 672], ymm1, 1",
+        "vextractf128 [rax + 688], ymm2, 1",
+        "vextractf128 [rax + 704], ymm3, 1",
+        "vextractf128 [rax + 720], ymm4, 1",
+        "vextractf128 [rax + 736], ymm5, 1",
+        "vextractf128 [rax + 752], ymm6, 1",
+        "vextractf128 [rax + 768], ymm7, 1",
+        "vextractf128 [rax + 784], ymm8, 1",
+        "vextractf128 [rax + 800], ymm9, 1",
+        "vextractf128 [rax + 816], ymm10, 1",
+        "vextractf128 [rax + 832], ymm11, 1",
+        "vextractf128 [rax + 848], ymm12, 1",
+        "vextractf128 [rax + 864], ymm13, 1",
+        "vextractf128 [rax + 880], ymm14, 1",
+        "vextractf128 [rax + 896], ymm15, 1",
+        "vzeroupper",
+        "2:",
         "fninit",
         "push 0x1f80",
         "ldmxcsr [rsp]",
@@ -309,6 +384,9 @@ extern "C" fn on_signal(signal: libc::c_int, _info: *mut libc::siginfo_t, contex
         (*shared).signal = signal as u64;
         let uc = context.cast::<libc::ucontext_t>();
         let gregs = &mut (*uc).uc_mcontext.gregs;
+        (*shared).trap = gregs[libc::REG_TRAPNO as usize] as u64;
+        (*shared).error = gregs[libc::REG_ERR as usize] as u64;
+        (*shared).cr2 = gregs[libc::REG_CR2 as usize] as u64;
         gregs[libc::REG_RIP as usize] = come_back as *const () as i64;
         // CS, GS, FS, SS, 16 bits each.
         let segments = gregs[libc::REG_CSGSFS as usize] as u64;
@@ -392,7 +470,10 @@ impl Native {
             core::ptr::copy_nonoverlapping(mem.as_ptr(), SCRATCH as *mut u8, SCRATCH_LEN);
             let shared = &raw mut SHARED;
             (*shared).signal = 0;
+            (*shared).avx = u64::from(std::arch::is_x86_feature_detected!("avx"));
             run_native(regs);
+            let fault = Raised::new((*shared).trap as u8, (*shared).error as u32, (*shared).cr2);
+            regs.raised = (!matches!((*shared).signal, 0 | 0x100)).then_some(fault);
             core::ptr::copy_nonoverlapping(SCRATCH as *const u8, mem.as_mut_ptr(), SCRATCH_LEN);
             (*shared).signal
         };
@@ -504,8 +585,21 @@ impl TestEnv {
         let at = addr.wrapping_sub(self.base) as usize;
         match at.checked_add(bytes) {
             Some(end) if end <= self.mem.len() => Ok(at),
-            _ => Err(self.fault(Vector::PageFault)),
+            _ => {
+                let end = self.base + self.mem.len() as u64;
+                // The first byte that is not there.
+                self.state.fault.cr2 = if (self.base..end).contains(&addr) { end } else { addr };
+                self.state.fault.error = 4 | if flags.has(MemFlags::WRITE_INTENT) { 2 } else { 0 };
+                Err(self.fault(Vector::PageFault))
+            }
         }
+    }
+    /// Whether a byte can be written.
+    ///
+    /// # Errors
+    /// Outside the memory.
+    pub fn writable(&mut self, addr: u64) -> Result<(), Abandon> {
+        self.at(MemFlags::WRITE_INTENT, addr, 1).map(drop)
     }
     /// Reads memory.
     ///
@@ -522,7 +616,7 @@ impl TestEnv {
     /// # Errors
     /// Outside the memory.
     pub fn write(&mut self, addr: u64, bytes: usize, v: u64) -> Result<(), Abandon> {
-        let at = self.at(MemFlags::NONE, addr, bytes)?;
+        let at = self.at(MemFlags::WRITE_INTENT, addr, bytes)?;
         self.mem[at..at + bytes].copy_from_slice(&v.to_le_bytes()[..bytes]);
         Ok(())
     }
@@ -560,16 +654,17 @@ impl Env for TestEnv {
         Ok(u128::from_le_bytes(self.mem[at..at + 16].try_into().unwrap_or([0; 16])))
     }
     fn store(&mut self, ty: Ty, flags: MemFlags, addr: u64, v: u64) -> Result<(), Abandon> {
-        self.at(flags, addr, ty.bytes() as usize)?;
+        self.at(flags.or(MemFlags::WRITE_INTENT), addr, ty.bytes() as usize)?;
         self.write(addr, ty.bytes() as usize, v)
     }
     fn store128(&mut self, flags: MemFlags, addr: u64, v: u128) -> Result<(), Abandon> {
-        let at = self.at(flags, addr, 16)?;
+        let at = self.at(flags.or(MemFlags::WRITE_INTENT), addr, 16)?;
         self.mem[at..at + 16].copy_from_slice(&v.to_le_bytes());
         Ok(())
     }
     fn rmw(&mut self, op: RmwOp, ty: Ty, addr: u64, v: u64) -> Result<u64, Abandon> {
         let n = ty.bytes() as usize;
+        self.at(MemFlags::WRITE_INTENT, addr, n)?;
         let old = self.read(addr, n)?;
         let new = match op {
             RmwOp::Add => old.wrapping_add(v),
@@ -584,6 +679,7 @@ impl Env for TestEnv {
     }
     fn cmpxchg(&mut self, ty: Ty, addr: u64, expected: u64, new: u64) -> Result<u64, Abandon> {
         let n = ty.bytes() as usize;
+        self.at(MemFlags::WRITE_INTENT, addr, n)?;
         let old = self.read(addr, n)?;
         if old == expected & ty.mask() {
             self.write(addr, n, new)?;
@@ -896,7 +992,7 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
         let code = twofold_arch::Segment { base: CODE, limit: 0xffff, ..Default::default() };
         env.state.seg[..4].copy_from_slice(&[data, code, data, data]);
     }
-    env.state.fault.pending = 0;
+    env.state.fault = Default::default();
     let host = twofold_ir::vecop::host_mxcsr();
     twofold_ir::vecop::set_host_mxcsr(env.state.mxcsr);
     let left = run(block, env);
@@ -905,6 +1001,14 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
     env.state.mxcsr = env.state.mxcsr & !0x3f | (env.state.mxcsr | after) & 0x3f;
     regs.take_state(&env.state);
     regs.taken = 0;
+    regs.raised = match left {
+        Leave::Abandoned { .. } => {
+            let f = env.state.fault;
+            Some(Raised::new(f.vector as u8, f.error, f.cr2))
+        }
+        Leave::Exit { to: Target::Raise { exception, .. }, .. } => Some(Raised::new(exception.vector as u8, 0, 0)),
+        Leave::Exit { .. } => None,
+    };
     let at = |off: i64| -> (Outcome, u64) { (Outcome::Done, u64::from(off == (len + TAKEN) as i64)) };
     let (outcome, taken) = match left {
         Leave::Abandoned { .. } => (vector_outcome(env.state.fault.vector), 0),
@@ -1149,6 +1253,9 @@ fn randomize(r: &mut Regs, form: &Form, rng: &mut Rng) {
     for i in 0..16 {
         r.set_xmm(i, u128::from(rng.value()) | u128::from(rng.value()) << 64);
     }
+    for h in &mut r.high {
+        *h = u128::from(rng.value()) | u128::from(rng.value()) << 64;
+    }
     (form.prepare)(r, rng);
 }
 
@@ -1159,6 +1266,9 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
         return Some(format!("host {:?}, ours {:?}", native.1, ours.1));
     }
     let (a, b) = (native.0, ours.0);
+    if a.raised != b.raised {
+        return Some(format!("host {:x?}, ours {:x?}", a.raised, b.raised));
+    }
     // Outside 64-bit code the upper halves are nobody's.
     let (count, mask) = if form.mode == Mode::Bits64 { (16, u64::MAX) } else { (8, 0xffff_ffff) };
     for n in 0..count {
@@ -1183,6 +1293,11 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
     for n in 0..count {
         if a.xmm(n) != b.xmm(n) {
             return Some(format!("xmm{n} is {:#034x} on the host, {:#034x} here", a.xmm(n), b.xmm(n)));
+        }
+    }
+    for n in 0..count {
+        if a.high[n] != b.high[n] {
+            return Some(format!("ymm{n}'s high half is {:#034x} on the host, {:#034x} here", a.high[n], b.high[n]));
         }
     }
     if a.mxcsr() != b.mxcsr() {
