@@ -105,7 +105,7 @@ fn nested(mmu: &mut Mmu, l1: &AddressSpace, read: Access) {
     let far = |i: u64| LinearAddr((i * 37 % 65536) << 12 | 8);
     let eptp = Some(EPT | 3 << 3 | 6);
     let l2 = AddressSpace { eptp, vpid: 1, ..*l1 };
-    let flags = AddressSpace { eptp: eptp.map(|e| e + 0x100_0000 | 1 << 6), ..l2 };
+    let flags = AddressSpace { eptp: eptp.map(|e| (e + 0x100_0000) | 1 << 6), ..l2 };
     for at in (0..0x3000 + (RAM >> 21 << 12)).step_by(8) {
         // A copy of the EPT for accessed and dirty flags.
         let e = ram.load_u64(EPT + at).unwrap_or(0);

@@ -16,6 +16,7 @@ pub mod rights;
 pub mod space;
 pub mod stats;
 pub mod tlb;
+pub mod trace;
 pub mod walk;
 
 pub use code::CodePages;
@@ -27,4 +28,5 @@ pub use ram::{GuestRam, RamError};
 pub use space::{Access, AccessKind, AddressSpace, EptFault, EptFaultKind, Fault, PagingMode, PdpteError};
 pub use stats::{FlushCause, FlushPolicy, MmuStats};
 pub use tlb::{JUMP_CACHE_ENTRIES, JumpCacheEntry, TlbEntry, View, jump_index};
+pub use trace::{TraceStep, WalkTrace};
 pub use walk::{Direct, EntryWidth, Frame, GuestPhysical, Mapping, load_pdptes, walk};

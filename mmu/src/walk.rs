@@ -396,6 +396,36 @@ fn walk_long<const LEVELS: u32, M: GuestPhysical>(
     descend::<LEVELS, M>(space, la, access, space.cr3 & paging::ADDR, reserved, memory, steps)
 }
 
+/// Whether a 64-bit entry at `level` maps a page, and which bits are reserved in it besides those that are in all entries.
+#[inline]
+fn format(space: &AddressSpace, entry: u64, level: u32) -> (bool, u64) {
+    let large_allowed = level == 2 || (level == 3 && space.gigabyte_pages);
+    let is_leaf = level == 1 || (large_allowed && entry & PS != 0);
+    let reserved = match level {
+        1 => 0,
+        _ if is_leaf => paging::large_reserved(3 + 9 * level as u8),
+        // Where no page can be mapped, PS is reserved; in a PDE it selects the page size.
+        2 => 0,
+        _ => PS,
+    };
+    (is_leaf, reserved)
+}
+
+/// The reserved bits that are set in a present entry: for traces.
+pub(crate) fn reserved_bits(space: &AddressSpace, entry: u64, level: u32) -> u64 {
+    let maxphyaddr = u32::from(space.maxphyaddr);
+    entry
+        & match space.mode {
+            PagingMode::None => 0,
+            PagingMode::Bits32 if level == 2 && space.pse && entry & PS != 0 => paging::pse_reserved(maxphyaddr),
+            PagingMode::Bits32 => 0,
+            PagingMode::Pae => paging::pae_reserved(maxphyaddr, space.nxe) | format(space, entry, level).1,
+            PagingMode::Level4 | PagingMode::Level5 => {
+                paging::long_reserved(maxphyaddr, space.nxe) | format(space, entry, level).1
+            }
+        }
+}
+
 /// From a table of 64-bit entries at `level` (1 is the page table) down to the leaf.
 #[inline]
 fn descend<const LEVELS: u32, M: GuestPhysical>(
@@ -417,15 +447,7 @@ fn descend<const LEVELS: u32, M: GuestPhysical>(
         if entry & P == 0 {
             return Err(not_present(space, la, access));
         }
-        let large_allowed = level == 2 || (level == 3 && space.gigabyte_pages);
-        let is_leaf = level == 1 || (large_allowed && entry & PS != 0);
-        let here = match level {
-            1 => 0,
-            _ if is_leaf => paging::large_reserved(shift),
-            // Where no page can be mapped, PS is reserved; in a PDE it selects the page size.
-            2 => 0,
-            _ => PS,
-        };
+        let (is_leaf, here) = format(space, entry, level);
         if entry & (reserved | here) != 0 {
             return Err(reserved_bit(space, la, access));
         }

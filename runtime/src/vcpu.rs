@@ -290,7 +290,7 @@ impl Vcpu {
         let access = self.access(if write { AccessKind::Write } else { AccessKind::Read }, on_behalf);
         let stack = matches!(on_behalf, MemAs::Stack | MemAs::InnerStack);
         let r = self.mmu.translate(&self.space, la, access);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, access, r.as_ref().err());
         let t = r.map_err(|f| self.trap_of(f, stack))?;
         Ok(t.host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
     }
@@ -332,7 +332,7 @@ impl Vcpu {
     /// The exception that a write would raise.
     pub fn resolve_write(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<twofold_mmu::Parts, Trap> {
         let r = self.mmu.resolve(&self.space, la, size, Access::write(mode));
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, Access::write(mode), r.as_ref().err());
         r.map_err(|f| self.trap_of(f, stack))
     }
 
@@ -343,7 +343,7 @@ impl Vcpu {
     pub fn fetch_address(&mut self, la: LinearAddr) -> Result<PhysAddr, Trap> {
         let user = self.state.cpl == 3;
         let r = self.mmu.translate_fetch(&self.space, la, user);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, Access::fetch(user), r.as_ref().err());
         Ok(r.map_err(|f| self.trap_of(f, false))?.pa)
     }
 
@@ -358,34 +358,35 @@ impl Vcpu {
 
     /// After anything that may have filled the TLB: a table that grew must be where translated code looks.
     #[inline]
-    fn after_fill(&mut self, la: LinearAddr, fault: Option<&Fault>) {
+    fn after_fill(&mut self, la: LinearAddr, access: Access, fault: Option<&Fault>) {
         if self.debug.has(DebugItem::Mmu) {
-            self.trace_walk(la, fault);
+            self.trace_walk(la, access, fault);
         }
         if self.mmu.take_view_change() {
             self.mmu.view().store(&mut self.state);
         }
     }
 
-    /// `-d mmu`: the walk that the last access needed, if it did.
+    /// `-d mmu`: the walk that the last access needed, if it did, step by step.
     #[cold]
-    fn trace_walk(&mut self, la: LinearAddr, fault: Option<&Fault>) {
+    fn trace_walk(&mut self, la: LinearAddr, access: Access, fault: Option<&Fault>) {
         let misses = self.mmu.stats().misses;
         if std::mem::replace(&mut self.traced_mmu.misses, misses) == misses {
             return;
         }
-        let what = match (fault, self.mmu.probe(&self.space, la)) {
-            (Some(fault), _) => format!("{fault:x?}"),
-            (None, Ok(m)) => format!("page {:#x} of 2^{} bytes, {:?}", m.page, m.shift, m.rights),
-            (None, Err(gone)) => format!("{gone:x?}"),
+        // An access that crosses a page may have failed on the second.
+        let at = match fault {
+            Some(Fault::Page { la, .. } | Fault::NonCanonical { la }) => *la,
+            Some(Fault::Ept(f)) => f.la.unwrap_or(la),
+            None => la,
         };
-        let line = format!("mmu: {:?} cr3 {:#x} la {la:#x}: {what}\n", self.space.mode, self.space.cr3);
-        self.trace.write(&line);
+        let text = self.mmu.trace_walk(&self.space, at, access).to_string();
+        self.trace.write(&text);
     }
 
     fn read_access(&mut self, la: LinearAddr, size: u32, access: Access, stack: bool) -> Result<u64, Trap> {
         let r = self.mmu.read(&self.space, la, size, access);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, access, r.as_ref().err());
         match r.map_err(|f| self.trap_of(f, stack))? {
             ReadOutcome::Value(v) => Ok(v),
             ReadOutcome::Io(parts) => {
@@ -398,7 +399,7 @@ impl Vcpu {
 
     fn write_access(&mut self, la: LinearAddr, size: u32, value: u64, access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write(&self.space, la, size, value, access);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, access, r.as_ref().err());
         match r.map_err(|f| self.trap_of(f, stack))? {
             WriteOutcome::Done { code: false } => {}
             WriteOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
@@ -409,7 +410,7 @@ impl Vcpu {
 
     fn read_bytes_access(&mut self, la: LinearAddr, buf: &mut [u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.read_bytes(&self.space, la, buf, access);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, access, r.as_ref().err());
         if let BytesOutcome::Io(parts) = r.map_err(|f| self.trap_of(f, stack))? {
             self.read_parts(parts.into_iter(), buf);
         }
@@ -418,7 +419,7 @@ impl Vcpu {
 
     fn write_bytes_access(&mut self, la: LinearAddr, data: &[u8], access: Access, stack: bool) -> Result<(), Trap> {
         let r = self.mmu.write_bytes(&self.space, la, data, access);
-        self.after_fill(la, r.as_ref().err());
+        self.after_fill(la, access, r.as_ref().err());
         match r.map_err(|f| self.trap_of(f, stack))? {
             BytesOutcome::Done { code: false } => {}
             BytesOutcome::Done { code: true } => crate::exec::slow::drop_written(self),

@@ -129,7 +129,8 @@ pub fn access_gpa(ept: &mut Ept, mem: &mut Memory, gpa: u64, want: Request) -> R
     let leaf = loop {
         let at = (table << 12) + 8 * (gpa >> (12 + 9 * (level - 1)) & 511);
         let e = mem.read(at, 8);
-        if !bit(e, 0) && !bit(e, 1) && !bit(e, 2) && !(ept.mode_based && bit(e, 10)) {
+        let present = bit(e, 0) || bit(e, 1) || bit(e, 2) || (ept.mode_based && bit(e, 10));
+        if !present {
             return Err(Refused::Violation { qualification, gpa, suppress_ve: bit(e, 63) });
         }
         let page = level == 1 || (level <= 3 && bit(e, 7));
