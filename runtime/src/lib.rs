@@ -15,6 +15,7 @@ pub mod stats;
 pub mod symbols;
 pub mod trace;
 pub mod vcpu;
+pub mod vmx;
 
 pub use config::Config;
 pub use run::{Ending, Error, RunOutcome, run};

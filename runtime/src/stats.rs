@@ -111,7 +111,7 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "restarts": c.smc_restarts,
             "tbs_dropped": c.smc_tbs_dropped,
         },
-        "vmx": { "entries": 0, "exits": {}, "entry_failures": {} },
+        "vmx": vcpu.vmx.stats.json(),
         "hot": hot(vcpu, symbol),
         "memory": { "peak_rss": facts.peak_rss, "guest": facts.guest_memory },
     })

@@ -6,15 +6,16 @@
 
 use twofold_arch::control::{cr0, cr4, efer, rflags, xcr0};
 use twofold_arch::segment::attr;
+use twofold_arch::vmx::ExitReason;
 use twofold_arch::{LinearAddr, Segment};
-use twofold_mmu::walk::{Direct, load_pdptes};
-use twofold_mmu::{AddressSpace, PagingMode};
+use twofold_mmu::{AddressSpace, PagingMode, PdpteError};
 
 use super::Helped;
 use super::cpuid::Bit;
 use super::mode::{TR, is_64bit, is_canonical, is_long, refresh_space};
 use super::segments::{GP0, UD};
 use crate::vcpu::{MemAs, Trap, Vcpu};
+use crate::vmx::{self, intercept};
 
 /// Bit 63 of a value moved to CR3: do not invalidate.
 const CR3_NO_INVALIDATE: u64 = 1 << 63;
@@ -29,6 +30,14 @@ fn privileged(v: &Vcpu) -> Result<(), Trap> {
 /// MOV from CRn.
 pub fn read_cr(v: &mut Vcpu, number: u64) -> Helped {
     privileged(v)?;
+    if v.vmx.non_root {
+        intercept::read_cr(v, number)?;
+        match number {
+            0 => return Ok(intercept::visible_cr0(v)),
+            4 => return Ok(intercept::visible_cr4(v)),
+            _ => {}
+        }
+    }
     let s = &v.state;
     match number {
         0 => Ok(s.cr0),
@@ -49,6 +58,7 @@ pub fn read_cr(v: &mut Vcpu, number: u64) -> Helped {
 /// MOV to CRn (SDM Vol 2B, "MOV—Move to/from Control Registers").
 pub fn write_cr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
     privileged(v)?;
+    let value = if v.vmx.non_root { intercept::write_cr(v, number, value)? } else { value };
     match number {
         0 => write_cr0(v, value)?,
         2 => v.state.cr2 = value,
@@ -66,9 +76,13 @@ pub fn write_cr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
 }
 
 /// The PDPTE registers from the table that `cr3` points to; #GP(0) for reserved bits.
-fn read_pdptes(v: &Vcpu, cr3: u64) -> Result<[u64; 4], Trap> {
-    let (phys, code) = (v.mmu.phys().clone(), v.mmu.code().clone());
-    load_pdptes(cr3, v.model.phys_bits, &mut Direct { phys: &phys, code: &code }).map_err(|_| GP0)
+fn read_pdptes(v: &mut Vcpu, cr3: u64) -> Result<[u64; 4], Trap> {
+    let space = v.space;
+    match v.mmu.load_pdptes(&space, cr3) {
+        Ok(pdptes) => Ok(pdptes),
+        Err(PdpteError::Reserved { .. }) => Err(GP0),
+        Err(PdpteError::Ept(fault)) => Err(vmx::ept_exit(v, &fault)),
+    }
 }
 
 /// Stores new values of the registers that paging depends on, and lets the mmu drop what that invalidates.
@@ -102,6 +116,9 @@ pub fn write_cr0(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
     let s = &v.state;
     let value = value & cr0::DEFINED | cr0::ET;
     let has = |bit: u64| value & bit != 0;
+    if v.vmx.vmxon.is_some() && !value & intercept::cr0_must(v) != 0 {
+        return Err(GP0);
+    }
     if (has(cr0::PG) && !has(cr0::PE)) || (has(cr0::NW) && !has(cr0::CD)) {
         return Err(GP0);
     }
@@ -167,34 +184,9 @@ pub(super) fn switch_cr3(v: &mut Vcpu, value: u64) {
     let _ = write_cr3(v, value);
 }
 
-/// The CR4 bits this processor has.
-fn cr4_mask(v: &Vcpu) -> u64 {
-    let rows: [(u64, Bit); 18] = [
-        (cr4::VME | cr4::PVI, Bit::Vme),
-        (cr4::TSD, Bit::Tsc),
-        (cr4::DE, Bit::De),
-        (cr4::PSE, Bit::Pse),
-        (cr4::PAE, Bit::Pae),
-        (cr4::MCE, Bit::Mce),
-        (cr4::PGE, Bit::Pge),
-        (cr4::PCE, Bit::Fpu),
-        (cr4::OSFXSR, Bit::Fxsr),
-        (cr4::OSXMMEXCPT, Bit::Sse),
-        (cr4::UMIP, Bit::Umip),
-        (cr4::LA57, Bit::La57),
-        (cr4::FSGSBASE, Bit::Fsgsbase),
-        (cr4::PCIDE, Bit::Pcid),
-        (cr4::OSXSAVE, Bit::Xsave),
-        (cr4::SMEP, Bit::Smep),
-        (cr4::SMAP, Bit::Smap),
-        (cr4::PKE, Bit::Pku),
-    ];
-    rows.iter().filter(|(_, bit)| v.model.has(*bit)).fold(0, |mask, (bits, _)| mask | bits)
-}
-
 /// MOV to CR4.
 pub fn write_cr4(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
-    if value & !cr4_mask(v) != 0 {
+    if value & !v.model.cr4_mask() != 0 || (v.vmx.vmxon.is_some() && !value & intercept::cr4_must() != 0) {
         return Err(GP0);
     }
     let s = &v.state;
@@ -235,6 +227,7 @@ pub fn write_efer(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
 /// LMSW: the low four bits of CR0; PE can be set, not cleared.
 pub fn lmsw(v: &mut Vcpu, value: u64) -> Helped {
     privileged(v)?;
+    let value = if v.vmx.non_root { intercept::lmsw(v, value)? } else { value };
     let keep_pe = v.state.cr0 & cr0::PE;
     let value = v.state.cr0 & !0xf | value & 0xf | keep_pe;
     write_cr0(v, value)?;
@@ -244,6 +237,9 @@ pub fn lmsw(v: &mut Vcpu, value: u64) -> Helped {
 /// CLTS.
 pub fn clts(v: &mut Vcpu) -> Helped {
     privileged(v)?;
+    if v.vmx.non_root && !intercept::clts(v)? {
+        return Ok(0);
+    }
     v.state.cr0 &= !cr0::TS;
     Ok(0)
 }
@@ -269,6 +265,9 @@ pub fn xsetbv(v: &mut Vcpu) -> Helped {
         return Err(UD);
     }
     privileged(v)?;
+    if v.vmx.non_root {
+        intercept::always(v, ExitReason::Xsetbv)?;
+    }
     let value = edx_eax(v);
     let avx_without_sse = value & (xcr0::SSE | xcr0::AVX) == xcr0::AVX;
     let bad = value & xcr0::X87 == 0 || value & !v.model.xcr0_mask() != 0 || avx_without_sse;
@@ -332,6 +331,9 @@ pub fn set_pkru(v: &mut Vcpu, value: u32) {
 /// INVLPG. A non-canonical address does nothing.
 pub fn invlpg(v: &mut Vcpu, la: u64) -> Helped {
     privileged(v)?;
+    if v.vmx.non_root {
+        intercept::invlpg(v, la)?;
+    }
     if !is_long(&v.state) || is_canonical(&v.state, la) {
         v.mmu.invlpg(&v.space, LinearAddr(la));
     }
@@ -342,6 +344,9 @@ pub fn invlpg(v: &mut Vcpu, la: u64) -> Helped {
 pub fn invpcid(v: &mut Vcpu, kind: u64, la: u64) -> Helped {
     use twofold_mmu::Invpcid;
     privileged(v)?;
+    if v.vmx.non_root {
+        intercept::invpcid(v)?;
+    }
     let low = v.read(LinearAddr(la), 8, MemAs::Cpl)?;
     let address = v.read(LinearAddr(la.wrapping_add(8)), 8, MemAs::Cpl)?;
     let pcid = low as u16 & 0xfff;
@@ -397,6 +402,7 @@ pub fn reset(v: &mut Vcpu) {
     s.fault = Default::default();
     (s.helpers, s.vcpu, s.retired, s.budget) = keep;
     s.rflags_sys &= !rflags::RF;
+    v.vmx = vmx::VmxState { stats: std::mem::take(&mut v.vmx.stats), ..vmx::VmxState::default() };
     v.cold = super::ColdState { cpus: v.cold.cpus, ..super::ColdState::new(v.cold.rng) };
     v.space = AddressSpace::reset(v.model.phys_bits);
     refresh_space(v);

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 
 use twofold_arch::cpuid::{Feature, Features};
 
+use crate::vmx::caps::{self, Caps, RowSet};
 use crate::platform::clock::{BASE_MHZ, CRYSTAL_HZ, TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR};
 
 /// A register that CPUID fills.
@@ -79,6 +80,7 @@ cpuid_bits! {
     Pni "sse3" 1 0 C 0 [Sse3] max;
     Pclmulqdq "pclmulqdq" 1 0 C 1 [Pclmulqdq] max;
     Monitor "monitor" 1 0 C 3 [Monitor];
+    Vmx "vmx" 1 0 C 5 [Vmx];
     Ssse3 "ssse3" 1 0 C 9 [Ssse3] max;
     Cx16 "cx16" 1 0 C 13 [Cx16] max;
     Pcid "pcid" 1 0 C 17 max;
@@ -193,6 +195,10 @@ pub struct CpuModel {
     pub phys_bits: u8,
     /// The CPUID feature bits, by row.
     bits: u128,
+    /// Features of VMX that were taken away.
+    without_vmx: RowSet,
+    /// What VMX can do.
+    pub vmx: Caps,
 }
 
 /// The models there are, with a line for people.
@@ -263,6 +269,8 @@ impl CpuModel {
             features: Features::NONE,
             phys_bits: 46,
             bits,
+            without_vmx: RowSet::default(),
+            vmx: Caps::default(),
         };
         model.derive();
         model
@@ -302,6 +310,43 @@ impl CpuModel {
             .filter(|r| self.has(r.bit))
             .filter_map(|r| r.feature)
             .fold(Features::NONE, |set, feature| set.with(feature));
+        self.vmx = Caps::new(self, self.without_vmx);
+    }
+
+    /// The CR4 bits the processor has.
+    #[must_use]
+    pub fn cr4_mask(&self) -> u64 {
+        use twofold_arch::control::cr4;
+        let rows: [(u64, Bit); 19] = [
+            (cr4::VME | cr4::PVI, Bit::Vme),
+            (cr4::TSD, Bit::Tsc),
+            (cr4::DE, Bit::De),
+            (cr4::PSE, Bit::Pse),
+            (cr4::PAE, Bit::Pae),
+            (cr4::MCE, Bit::Mce),
+            (cr4::PGE, Bit::Pge),
+            (cr4::PCE, Bit::Fpu),
+            (cr4::OSFXSR, Bit::Fxsr),
+            (cr4::OSXMMEXCPT, Bit::Sse),
+            (cr4::UMIP, Bit::Umip),
+            (cr4::LA57, Bit::La57),
+            (cr4::VMXE, Bit::Vmx),
+            (cr4::FSGSBASE, Bit::Fsgsbase),
+            (cr4::PCIDE, Bit::Pcid),
+            (cr4::OSXSAVE, Bit::Xsave),
+            (cr4::SMEP, Bit::Smep),
+            (cr4::SMAP, Bit::Smap),
+            (cr4::PKE, Bit::Pku),
+        ];
+        rows.iter().filter(|(_, bit)| self.has(*bit)).fold(0, |mask, (bits, _)| mask | bits)
+    }
+
+    /// The IA32_EFER bits the processor has.
+    #[must_use]
+    pub fn efer_mask(&self) -> u64 {
+        use twofold_arch::control::efer;
+        let rows = [(efer::SCE, Bit::Syscall), (efer::LME | efer::LMA, Bit::Lm), (efer::NXE, Bit::Nx)];
+        rows.iter().filter(|(_, bit)| self.has(*bit)).fold(0, |mask, (bits, _)| mask | bits)
     }
 
     /// Whether CPUID shows `bit`.
@@ -342,10 +387,17 @@ impl CpuModel {
                 (_, _, Some((name, "off"))) => (false, name),
                 _ => return Err(format!("CPU feature '{part}' needs a sign; write '+{part}' or '-{part}'")),
             };
+            if let Some(i) = caps::ROWS.iter().position(|r| same_name(r.name, name)) {
+                if on && !caps::ROWS[i].on {
+                    return Err(format!("VMX feature '{name}' is not implemented; leave it out"));
+                }
+                model.without_vmx.set(i, !on);
+                continue;
+            }
             let Some(row) = ROWS.iter().find(|r| same_name(r.name, name)) else {
                 return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
             };
-            if on && !Self::max().has(row.bit) {
+            if on && !Self::max().has(row.bit) && row.bit != Bit::Vmx {
                 return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
             }
             model.bits = if on { model.bits | 1 << row.bit as u8 } else { model.bits & !(1 << row.bit as u8) };
@@ -401,7 +453,12 @@ impl CpuModel {
         };
         wrap(&mut out, "features", self.feature_names().collect());
         wrap(&mut out, "absent", ROWS.iter().filter(|r| !self.has(r.bit)).map(|r| r.name).collect());
-        let _ = writeln!(out, "MSR 0x10a  {ARCH_CAPABILITIES:#x} (IA32_ARCH_CAPABILITIES)");
+        if self.has(Bit::Vmx) {
+            wrap(&mut out, "VMX", self.vmx.names(true).collect());
+            wrap(&mut out, "VMX absent", self.vmx.names(false).collect());
+        }
+        let _ = writeln!(out, "MSR 0x10a  {ARCH_CAPABILITIES:#018x} IA32_ARCH_CAPABILITIES");
+        out.push_str(&self.vmx.show());
         out
     }
 

@@ -394,7 +394,11 @@ pub fn iret(v: &mut Vcpu, log2: u64, next_rip: u64) -> Helped {
     } else {
         iret_protected(v, bytes)?;
     }
-    v.state.nmi_blocked = 0;
+    if v.vmx.non_root {
+        crate::vmx::intercept::iret(v);
+    } else {
+        v.state.nmi_blocked = 0;
+    }
     Ok(0)
 }
 

@@ -5,6 +5,8 @@
 //! Invariants: registers change only when a whole frame is on the stack; a delivery ends, whatever the guest's tables say.
 
 use twofold_arch::control::{cr0, cr4, rflags};
+use twofold_arch::vmx::event::EventType;
+use twofold_arch::vmx::{ExitReason, InterruptionInfo};
 use twofold_arch::{Exception, LinearAddr, Segment, Vector};
 
 use super::Helped;
@@ -16,6 +18,7 @@ use super::stack::{RSP, Stack};
 use super::task;
 use crate::config::DebugItem;
 use crate::vcpu::{MemAs, Shutdown, Trap, Vcpu};
+use crate::vmx::{self, intercept};
 
 /// Something to be delivered through the IDT that no instruction asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,6 +80,12 @@ impl Delivery {
 pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
     let mut event = event;
     loop {
+        if v.vmx.non_root {
+            if intercept::event(v, &event) {
+                return vmx::exit::perform(v);
+            }
+            intercept::begin_delivery(v, &event);
+        }
         let d = prepare(v, &event);
         if v.debug.has(DebugItem::Int) {
             trace(v, &event);
@@ -88,14 +97,95 @@ pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
                 if event == Event::Nmi {
                     v.state.nmi_blocked = 1;
                 }
+                v.vmx.vectoring = None;
                 return Ok(());
             }
             Err(Trap::Exception(e)) => with_ext(e),
+            Err(Trap::VmExit) => {
+                v.vmx.exit.cause = vmx::Cause::Delivery { rf: d.rf };
+                return vmx::exit::perform(v);
+            }
         };
-        event = Event::Exception(match event {
-            Event::Exception(first) => combine(first.vector, fault)?,
-            Event::Interrupt(_) | Event::Nmi => fault,
-        });
+        let first = match event {
+            Event::Exception(first) => Some(first.vector),
+            Event::Interrupt(_) | Event::Nmi => None,
+        };
+        match nested(v, first, fault)? {
+            Some(next) => event = Event::Exception(next),
+            None => return Ok(()),
+        }
+    }
+}
+
+/// A fault met while an event (`first`: an exception of this vector) was delivered: what is delivered next; `None` when a VM
+/// exit has taken its place.
+fn nested(v: &mut Vcpu, first: Option<Vector>, fault: Exception) -> Result<Option<Exception>, Shutdown> {
+    if !v.vmx.non_root {
+        return first.map_or(Ok(fault), |first| combine(first, fault)).map(Some);
+    }
+    // The exception bitmap sees the fault itself before it can become a double fault.
+    if intercept::event(v, &Event::Exception(fault)) {
+        vmx::exit::perform(v)?;
+        return Ok(None);
+    }
+    match first.map_or(Ok(fault), |first| combine(first, fault)) {
+        Ok(next) => {
+            if next.vector == Vector::DoubleFault {
+                v.vmx.vectoring = None;
+            }
+            Ok(Some(next))
+        }
+        Err(Shutdown::TripleFault) => {
+            v.vmx.vectoring = None;
+            v.vmx.exit = vmx::PendingExit::new(ExitReason::TripleFault, vmx::Cause::Event, 0);
+            vmx::exit::perform(v)?;
+            Ok(None)
+        }
+    }
+}
+
+/// The event that a VM entry injects (SDM Vol 3C, "Event Injection"): delivered whatever the exception bitmap says of it.
+///
+/// # Errors
+/// Shutdown, after a VMX abort.
+pub fn inject(v: &mut Vcpu, info: InterruptionInfo, error: u32, length: u32) -> Result<(), Shutdown> {
+    let software = info.kind().is_some_and(EventType::is_software);
+    let kind = info.kind();
+    let rip = if software { v.state.rip.wrapping_add(u64::from(length)) & super::mode::rip_mask(&v.state) } else { v.state.rip };
+    let checked = matches!(kind, Some(EventType::SoftwareInterrupt | EventType::SoftwareException));
+    let vector = info.vector();
+    let d = Delivery { vector, error: info.has_error_code().then_some(error), rip, software: checked, rf: false };
+    v.vmx.vectoring = Some(vmx::Vectoring { info, error, length: software.then_some(length) });
+    let result = if kind == Some(EventType::SoftwareInterrupt) && is_v86(&v.state) {
+        soft_int_v86(v, &d)
+    } else {
+        dispatch(v, &d)
+    };
+    match result {
+        Ok(()) => {
+            (v.state.shadow, v.state.halted) = (0, 0);
+            if kind == Some(EventType::Nmi) {
+                if v.vmx.controls.virtual_nmis() {
+                    v.vmx.virtual_nmi_blocked = true;
+                } else {
+                    v.state.nmi_blocked = 1;
+                }
+            }
+            v.vmx.vectoring = None;
+            Ok(())
+        }
+        Err(Trap::VmExit) => {
+            v.vmx.exit.cause = vmx::Cause::Delivery { rf: v.state.rflags() & rflags::RF != 0 };
+            vmx::exit::perform(v)
+        }
+        Err(Trap::Exception(e)) => {
+            let fault = if checked { e } else { with_ext(e) };
+            let first = (kind == Some(EventType::HardwareException)).then(|| Vector::from_number(vector)).flatten();
+            match nested(v, first, fault)? {
+                Some(next) => deliver(v, Event::Exception(next)),
+                None => Ok(()),
+            }
+        }
     }
 }
 
@@ -114,8 +204,15 @@ fn prepare(v: &mut Vcpu, event: &Event) -> Delivery {
         Event::Exception(e) => {
             let vector = e.vector as u8;
             v.counters.exceptions[usize::from(vector & 31)] += 1;
-            if e.vector == Vector::PageFault {
-                v.state.cr2 = e.cr2;
+            match e.vector {
+                Vector::PageFault => v.state.cr2 = e.cr2,
+                // DR7.GD is cleared before the handler runs, so that it may look at the debug registers.
+                Vector::Debug if e.cr2 != 0 => {
+                    let s = &mut v.state;
+                    s.dr[6] = s.dr[6] & !(dr6::BD | dr6::BS | dr6::BT | 0xf) | e.cr2 | dr6::FIXED1;
+                    s.dr[7] &= !(1 << 13);
+                }
+                _ => {}
             }
             // Traps and aborts push RF as it is (SDM Vol 3B, "RF Flag").
             let fault = !matches!(
@@ -181,8 +278,10 @@ fn dispatch(v: &mut Vcpu, d: &Delivery) -> Result<(), Trap> {
 /// # Errors
 /// Shutdown, as [`deliver`].
 pub fn deliver_trap(v: &mut Vcpu, trap: Trap) -> Result<(), Shutdown> {
-    let Trap::Exception(e) = trap;
-    deliver(v, Event::Exception(e))
+    match trap {
+        Trap::Exception(e) => deliver(v, Event::Exception(e)),
+        Trap::VmExit => vmx::exit::perform(v),
+    }
 }
 
 /// The debug trap after an instruction that began with RFLAGS.TF set; `state.rip` is at the next one.
@@ -198,24 +297,38 @@ pub fn single_step(v: &mut Vcpu) -> Result<(), Shutdown> {
 /// # Errors
 /// Shutdown, as [`deliver`].
 pub fn debug_trap(v: &mut Vcpu, bits: u64) -> Result<(), Shutdown> {
-    // DR7.GD is cleared before the handler runs, so that it may look at the debug registers.
-    v.state.dr[6] = v.state.dr[6] & !(dr6::BD | dr6::BS | dr6::BT | 0xf) | bits | dr6::FIXED1;
-    v.state.dr[7] &= !(1 << 13);
-    deliver(v, Event::Exception(Exception::new(Vector::Debug)))
+    deliver(v, Event::Exception(Exception { cr2: bits, ..Exception::new(Vector::Debug) }))
 }
 
 /// INT n, INT3, INTO, INT1 by `kind` 0..=3 (SDM Vol 2A, "INT n/INTO/INT3/INT1"). A fault is the instruction's own.
 pub fn soft_int(v: &mut Vcpu, vector: u8, next_rip: u64, kind: u64) -> Helped {
     let icebp = kind == 3;
     let d = Delivery { vector, error: None, rip: next_rip, software: !icebp, rf: false };
+    if v.vmx.non_root {
+        let event = match kind {
+            0 => EventType::SoftwareInterrupt,
+            3 => EventType::PrivilegedSoftwareException,
+            _ => EventType::SoftwareException,
+        };
+        if kind != 0 {
+            intercept::software_exception(v, vector, event)?;
+        }
+        let info = InterruptionInfo::new(vector, event, false);
+        v.vmx.vectoring = Some(vmx::Vectoring { info, error: 0, length: None });
+    }
     let result = if is_v86(&v.state) && kind == 0 { soft_int_v86(v, &d) } else { dispatch(v, &d) };
     match result {
         Ok(()) => {
             v.counters.soft_interrupts += 1;
             v.state.shadow = 0;
+            v.vmx.vectoring = None;
             Ok(0)
         }
         Err(Trap::Exception(e)) if icebp => Err(with_ext(e).into()),
+        Err(Trap::VmExit) => {
+            v.vmx.exit.cause = vmx::Cause::Delivery { rf: false };
+            Err(Trap::VmExit)
+        }
         Err(e) => Err(e),
     }
 }

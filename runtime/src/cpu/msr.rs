@@ -5,6 +5,7 @@
 //! trace `io`.
 
 use twofold_arch::msr;
+use twofold_arch::vmx::msr as vmx_msr;
 
 use super::Helped;
 use super::control::{edx_eax, set_edx_eax, write_efer};
@@ -15,6 +16,7 @@ use super::{ColdState, VARIABLE_MTRRS};
 use crate::config::DebugItem;
 use crate::platform::clock::BASE_MHZ;
 use crate::vcpu::{Trap, Vcpu};
+use crate::vmx::intercept;
 
 /// IA32_PAT after reset.
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -22,6 +24,8 @@ pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 pub const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
 /// Microcode revision that IA32_BIOS_SIGN_ID shows.
 pub const MICROCODE_REVISION: u64 = 0x0d00_03f6;
+/// IA32_DEBUGCTL bits that are not reserved.
+pub const DEBUGCTL_DEFINED: u64 = 0xdfc3;
 /// IA32_MTRRCAP: the variable ranges, fixed ranges, write-combining.
 const MTRRCAP: u64 = VARIABLE_MTRRS as u64 | 1 << 8 | 1 << 10;
 /// IA32_SPEC_CTRL bits that may be set: IBRS, STIBP, SSBD, IPRED_DIS_U, IPRED_DIS_S, RRSBA_DIS_U, RRSBA_DIS_S, BHI_DIS_S.
@@ -70,7 +74,10 @@ pub fn rdmsr(v: &mut Vcpu) -> Helped {
         return Err(GP0);
     }
     let number = v.state.gpr[1] as u32;
-    let value = read(v, number)?;
+    if v.vmx.non_root {
+        intercept::msr(v, number, false)?;
+    }
+    let value = if number == msr::TSC { intercept::tsc(v) } else { read(v, number)? };
     set_edx_eax(v, value);
     Ok(value)
 }
@@ -81,6 +88,9 @@ pub fn wrmsr(v: &mut Vcpu) -> Helped {
         return Err(GP0);
     }
     let (number, value) = (v.state.gpr[1] as u32, edx_eax(v));
+    if v.vmx.non_root {
+        intercept::msr(v, number, true)?;
+    }
     write(v, number, value)?;
     Ok(0)
 }
@@ -96,7 +106,8 @@ pub fn read(v: &mut Vcpu, number: u32) -> Helped {
             return v.with_devices(|p| p.apic_msr_read(index, number)).map_err(|()| GP0);
         }
         msr::PLATFORM_ID | P5_MC_ADDR | P5_MC_TYPE | SMI_COUNT | EBL_CR_POWERON => 0,
-        msr::FEATURE_CONTROL => c.feature_control,
+        msr::FEATURE_CONTROL => v.model.vmx.feature_control(),
+        vmx_msr::FIRST..=vmx_msr::LAST => return v.model.vmx.msr(number).ok_or(GP0),
         msr::TSC_ADJUST if v.model.has(Bit::TscAdjust) => c.tsc_adjust,
         msr::SPEC_CTRL if v.model.has(Bit::SpecCtrl) => c.spec_ctrl,
         msr::BIOS_SIGN_ID => c.bios_sign_id,
@@ -152,6 +163,7 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
         }
         // Locked, as firmware leaves it.
         msr::FEATURE_CONTROL => return Err(GP0),
+        vmx_msr::FIRST..=vmx_msr::LAST => return Err(GP0),
         msr::SPEC_CTRL if v.model.has(Bit::SpecCtrl) => {
             require(value & !SPEC_CTRL_MASK == 0)?;
             v.cold.spec_ctrl = value;
@@ -177,7 +189,7 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
         }
         msr::MISC_ENABLE => v.state.msrs.misc_enable = value & (1 | 1 << 18 | 1 << 22 | 1 << 34) | 1 << 11 | 1 << 12,
         msr::DEBUGCTL => {
-            require(value & !0xdfc3 == 0)?;
+            require(value & !DEBUGCTL_DEFINED == 0)?;
             v.state.msrs.debugctl = value & 0b11;
         }
         msr::PAT => {

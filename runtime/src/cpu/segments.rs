@@ -211,6 +211,9 @@ pub fn lldt(v: &mut Vcpu, selector: u16) -> Result<(), Trap> {
     if v.state.cpl != 0 {
         return Err(GP0);
     }
+    if v.vmx.non_root {
+        crate::vmx::intercept::ldtr_tr(v)?;
+    }
     if is_null(selector) {
         v.state.seg[LDTR] = null_segment(selector);
         return Ok(());
@@ -246,7 +249,13 @@ pub fn ltr(v: &mut Vcpu, selector: u16) -> Result<(), Trap> {
     if !is_protected(&v.state) {
         return Err(UD);
     }
-    if v.state.cpl != 0 || is_null(selector) {
+    if v.state.cpl != 0 {
+        return Err(GP0);
+    }
+    if v.vmx.non_root {
+        crate::vmx::intercept::ldtr_tr(v)?;
+    }
+    if is_null(selector) {
         return Err(GP0);
     }
     if selector & 4 != 0 {

@@ -53,7 +53,14 @@ pub fn string_op(v: &mut Vcpu, word: u64) -> Helped {
 /// INS, OUTS.
 pub fn string_io(v: &mut Vcpu, word: u64) -> Helped {
     let run = Run::new(v, word);
-    check_io(v, v.state.gpr[RDX] as u16, run.bytes as u32)?;
+    let port = v.state.gpr[RDX] as u16;
+    check_io(v, port, run.bytes as u32)?;
+    let rep = run.op.repeat != Repeat::None;
+    if v.vmx.non_root && (!rep || run.count(v) != 0) {
+        let input = run.op.kind == StringKind::Ins;
+        let la = run.address(v, !input, input)?.0;
+        crate::vmx::intercept::string_io(v, port, run.bytes as u32, input, rep, la)?;
+    }
     if run.op.repeat == Repeat::None {
         run.step(v)?;
         return Ok(DONE);

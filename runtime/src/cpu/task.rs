@@ -5,6 +5,7 @@
 
 use twofold_arch::control::{cr0, rflags};
 use twofold_arch::segment::attr;
+use twofold_arch::vmx::qualification::TaskSwitchSource;
 use twofold_arch::{Exception, LinearAddr, Segment, Vector};
 
 use super::control;
@@ -130,6 +131,15 @@ pub(super) fn switch(
     let new = layout(&tss);
     if tss.limit < new.min_limit {
         return Err(selector_fault(Vector::InvalidTss, selector));
+    }
+    if v.vmx.non_root {
+        let source = match cause {
+            Cause::Call => TaskSwitchSource::Call,
+            Cause::Return => TaskSwitchSource::Iret,
+            Cause::Jump => TaskSwitchSource::Jmp,
+            Cause::Interrupt => TaskSwitchSource::TaskGate,
+        };
+        return Err(crate::vmx::intercept::task_switch(v, selector, source));
     }
     let image = read_image(v, &tss)?;
     let old_tss = v.state.seg[TR];

@@ -136,8 +136,11 @@ fn guard_running_block(
     }
     let running = vcpu.jit.current.or_else(|| vcpu.jit.code_block(vcpu.state.host_ret));
     let Some(running) = running else { return Ok(()) };
+    let tb = vcpu.jit.tbs.get(running);
+    let region = tb.region.as_ref().filter(|r| r.code.code.contains(&vcpu.state.host_ret));
     for part in parts.iter() {
-        if vcpu.jit.tbs.touching(part.pa, u64::from(part.len)).contains(&running) {
+        let hit = vcpu.jit.tbs.touching(part.pa, u64::from(part.len));
+        if hit.iter().any(|id| *id == running || region.is_some_and(|r| r.members.contains(id))) {
             vcpu.counters.smc_restarts += 1;
             return Err(Abandoned::Restart);
         }
@@ -175,6 +178,7 @@ pub fn drop_blocks(vcpu: &mut Vcpu, ids: &[TbId]) {
         if let Some(page) = second {
             vcpu.mmu.code().remove(page, len - first);
         }
+        super::region::drop_regions_of(vcpu, id);
         vcpu.jit.counts.end(id, vcpu.jit.tbs.get(id));
         let removed = vcpu.jit.tbs.remove(id);
         vcpu.jit.unlink(&removed.incoming);

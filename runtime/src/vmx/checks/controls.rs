@@ -2,7 +2,7 @@
 
 use twofold_arch::control::{cr0, cr4};
 use twofold_arch::paging::bits;
-use twofold_arch::vmx::control::{entry, exit, pin, proc, proc2, proc3, vmfunc};
+use twofold_arch::vmx::control::{exit, pin, proc, proc2, proc3, vmfunc};
 use twofold_arch::vmx::ept::Eptp;
 use twofold_arch::vmx::msr::{basic, ept_vpid, misc};
 use twofold_arch::vmx::{ControlBit, EventType, Field, InterruptionInfo, Word};
@@ -13,7 +13,8 @@ use crate::vmx::caps::CR3_TARGETS;
 
 type Outcome = Result<(), Detail>;
 
-/// In the SDM's order.
+/// In the SDM's order. "Entry to SMM" and "deactivate dual-monitor treatment" are reserved here, where there is no
+/// dual-monitor treatment.
 pub(super) const CHECKS: &[Check] = &[
     check("pin-reserved", Execution, |v| reserved(v, Word::Pin)),
     check("proc-reserved", Execution, |v| reserved(v, Word::Proc)),
@@ -68,7 +69,6 @@ pub(super) const CHECKS: &[Check] = &[
     check("event-error-code", Entry, event_error_code),
     check("event-instruction-length", Entry, event_instruction_length),
     check("entry-msr-load-area", Entry, |v| msr_area(v, Field::EntryMsrLoadCount, Field::EntryMsrLoadAddress)),
-    check("entry-smm", Entry, entry_smm),
 ];
 
 /// `address` with bits 11:0 clear, when a control makes it matter.
@@ -416,12 +416,5 @@ fn event_instruction_length(v: &View<'_>) -> Outcome {
     require!(
         !kind.is_software() || (least..=15).contains(&length),
         "VM-entry instruction length {length} is not in the range {least} to 15 of a {kind:?}"
-    )
-}
-
-fn entry_smm(v: &View<'_>) -> Outcome {
-    require!(
-        !v.entry(entry::ENTRY_TO_SMM | entry::DEACTIVATE_DUAL_MONITOR),
-        "\"entry to SMM\" or \"deactivate dual-monitor treatment\" is 1 outside system-management mode"
     )
 }

@@ -1,0 +1,119 @@
+//! Events in VMX non-root operation: injection, windows, the preemption timer, interrupts and NMIs that exit.
+//!
+//! Place in the pipeline: the dispatcher calls [`deliver`] between blocks, in place of its own delivery, while a guest runs.
+//! The order is that of SDM Vol 3A, "Priority Among Concurrent Events", with what VMX adds to it.
+
+use twofold_arch::control::rflags;
+use twofold_arch::vmx::control::{exit, pin, proc};
+use twofold_arch::vmx::event::{EventType, activity, pending_debug};
+use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo};
+
+use super::{Cause, PendingExit};
+use crate::cpu::interrupt;
+use crate::platform::signal;
+use crate::vcpu::{Shutdown, Vcpu};
+
+fn exit_by_event(v: &mut Vcpu, reason: ExitReason) -> Result<(), Shutdown> {
+    v.vmx.exit = PendingExit::new(reason, Cause::Event, 0);
+    super::exit::perform(v)
+}
+
+/// Delivers what may be delivered now, or exits for it. Afterwards either may be the case: still in the guest, or in L1.
+///
+/// # Errors
+/// Shutdown.
+pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
+    if v.vmx.aborted {
+        return Err(Shutdown::TripleFault);
+    }
+    if let Some(info) = v.vmx.inject.take() {
+        inject(v, info)?;
+        if !v.vmx.non_root {
+            return Ok(());
+        }
+    }
+    if v.vmx.mtf_pending {
+        return exit_by_event(v, ExitReason::MonitorTrapFlag);
+    }
+    if v.state.shadow & 2 == 0 && pending_debug_trap(v)? {
+        return Ok(());
+    }
+    if v.vmx.timer.is_some_and(|at| v.shared.clock.now_ns() >= at) {
+        return exit_by_event(v, ExitReason::PreemptionTimer);
+    }
+    let controls = v.vmx.controls;
+    if v.state.shadow != 0 {
+        return Ok(());
+    }
+    if controls.proc & proc::NMI_WINDOW_EXITING != 0 && !v.vmx.virtual_nmi_blocked {
+        return exit_by_event(v, ExitReason::NmiWindow);
+    }
+    if nmi(v)? || !v.vmx.non_root {
+        return Ok(());
+    }
+    let interrupts_on = v.state.rflags_sys & rflags::IF != 0;
+    if controls.proc & proc::INTERRUPT_WINDOW_EXITING != 0 && interrupts_on {
+        return exit_by_event(v, ExitReason::InterruptWindow);
+    }
+    external_interrupt(v, interrupts_on)
+}
+
+/// The event that VM entry injects.
+fn inject(v: &mut Vcpu, info: InterruptionInfo) -> Result<(), Shutdown> {
+    let error = v.vmx.vmcs.get32(Field::EntryErrorCode);
+    let length = v.vmx.vmcs.get32(Field::EntryInstructionLength);
+    interrupt::inject(v, info, error, length)
+}
+
+/// A debug exception that VM entry left pending; whether there was one.
+fn pending_debug_trap(v: &mut Vcpu) -> Result<bool, Shutdown> {
+    let pending = std::mem::take(&mut v.vmx.pending_debug);
+    if pending & (pending_debug::BS | pending_debug::ENABLED_BREAKPOINT) == 0 {
+        return Ok(false);
+    }
+    interrupt::debug_trap(v, pending & (pending_debug::BS | pending_debug::B))?;
+    Ok(true)
+}
+
+/// Takes a pending NMI; whether there was one to take.
+fn nmi(v: &mut Vcpu) -> Result<bool, Shutdown> {
+    let index = v.index;
+    if v.vmx.activity == activity::WAIT_FOR_SIPI {
+        return Ok(false);
+    }
+    let exits = v.vmx.controls.pin & pin::NMI_EXITING != 0;
+    if v.platform().signals(index) & signal::NMI == 0 || (!exits && v.state.nmi_blocked != 0) {
+        return Ok(false);
+    }
+    v.platform().take_signal(index, signal::NMI);
+    v.counters.nmis += 1;
+    if !exits {
+        v.state.halted = 0;
+    }
+    interrupt::deliver(v, interrupt::Event::Nmi)?;
+    Ok(true)
+}
+
+/// An external interrupt: exits, or goes to the guest as without VMX.
+fn external_interrupt(v: &mut Vcpu, interrupts_on: bool) -> Result<(), Shutdown> {
+    let index = v.index;
+    let exits = v.vmx.controls.pin & pin::EXTERNAL_INTERRUPT_EXITING != 0;
+    let blocked = matches!(v.vmx.activity, activity::WAIT_FOR_SIPI) || (!exits && v.vmx.activity == activity::SHUTDOWN);
+    if blocked || (!exits && !interrupts_on) || v.platform().interrupt_pending(index).is_none() {
+        return Ok(());
+    }
+    if !exits {
+        let vector = v.platform().acknowledge(index);
+        v.state.halted = 0;
+        v.counters.interrupts += 1;
+        return interrupt::deliver(v, interrupt::Event::Interrupt(vector));
+    }
+    let mut pending = PendingExit::new(ExitReason::ExternalInterrupt, Cause::Event, 0);
+    if v.vmx.vmcs.get32(Field::ExitControls) & exit::ACKNOWLEDGE_INTERRUPT != 0 {
+        let vector = v.platform().acknowledge(index);
+        v.counters.interrupts += 1;
+        pending.interruption = InterruptionInfo::new(vector, EventType::External, false);
+    }
+    v.vmx.exit = pending;
+    super::exit::perform(v)
+}
