@@ -80,7 +80,7 @@ cpuid_bits! {
     Pni "sse3" 1 0 C 0 [Sse3] max;
     Pclmulqdq "pclmulqdq" 1 0 C 1 [Pclmulqdq] max;
     Monitor "monitor" 1 0 C 3 [Monitor];
-    Vmx "vmx" 1 0 C 5 [Vmx];
+    Vmx "vmx" 1 0 C 5 [Vmx] max;
     Ssse3 "ssse3" 1 0 C 9 [Ssse3] max;
     Cx16 "cx16" 1 0 C 13 [Cx16] max;
     Pcid "pcid" 1 0 C 17 max;
@@ -397,7 +397,7 @@ impl CpuModel {
             let Some(row) = ROWS.iter().find(|r| same_name(r.name, name)) else {
                 return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
             };
-            if on && !Self::max().has(row.bit) && row.bit != Bit::Vmx {
+            if on && !Self::max().has(row.bit) {
                 return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
             }
             model.bits = if on { model.bits | 1 << row.bit as u8 } else { model.bits & !(1 << row.bit as u8) };
@@ -622,7 +622,7 @@ mod tests {
         // CPUID.15H: crystal × numerator / denominator is the TSC's frequency.
         let [den, num, hz, _] = m.cpuid(0x15, 0, &state(1));
         assert_eq!(u64::from(hz) * u64::from(num) / u64::from(den), crate::platform::clock::TSC_HZ);
-        assert!(m.features.has(Feature::Cx16) && !m.features.has(Feature::Avx) && !m.features.has(Feature::Vmx));
+        assert!(m.features.has(Feature::Cx16) && !m.features.has(Feature::Avx) && m.features.has(Feature::Vmx));
     }
 
     #[test]
