@@ -92,15 +92,23 @@ impl Profile {
     /// # Errors
     /// When the file cannot be written.
     pub fn add(&mut self, start: u64, code: &[u8], name: &str) -> io::Result<()> {
+        self.add_at(timestamp(), start, code.len() as u32, code, name)
+    }
+
+    /// Notes that at time `at` (of [`timestamp`]) code of `len` bytes was put at host address `start`. A map needs no `code`.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn add_at(&mut self, at: u64, start: u64, len: u32, code: &[u8], name: &str) -> io::Result<()> {
         if self.kind == ProfileKind::Map {
-            return writeln!(self.out, "{start:x} {:x} {name}", code.len());
+            return writeln!(self.out, "{start:x} {len:x} {name}");
         }
         let size = LOAD_HEADER + name.len() + 1 + code.len();
         let pid = std::process::id();
         let mut r = Vec::with_capacity(size);
         r.extend(CODE_LOAD.to_le_bytes());
         r.extend((size as u32).to_le_bytes());
-        r.extend(timestamp().to_le_bytes());
+        r.extend(at.to_le_bytes());
         r.extend(pid.to_le_bytes());
         r.extend(pid.to_le_bytes());
         for word in [start, start, code.len() as u64, self.index] {
@@ -123,7 +131,8 @@ impl Profile {
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds, which `perf record -k mono` uses too.
-fn timestamp() -> u64 {
+#[must_use]
+pub fn timestamp() -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the clock exists and `t` is writable.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut t) };

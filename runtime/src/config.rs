@@ -264,6 +264,8 @@ pub struct Config {
     pub stats: Option<Output>,
     /// What is written for `perf`.
     pub perf: Option<PerfMode>,
+    /// A vmlinux or System.map with names for guest addresses.
+    pub symbols: Option<PathBuf>,
     /// Traces.
     pub debug: DebugItems,
     /// Where traces go; standard error without it.
@@ -292,6 +294,7 @@ impl Default for Config {
             on_reset: OnReset::Exit,
             stats: None,
             perf: None,
+            symbols: None,
             debug: DebugItems::default(),
             trace_file: None,
             control: Control::default(),

@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod exec;
 pub mod fpu;
 pub mod platform;
+pub mod profile;
 pub mod run;
 pub mod stats;
 pub mod symbols;

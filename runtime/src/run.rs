@@ -3,18 +3,21 @@
 //! Place in the pipeline: the top of the runtime, called by the `twofold` command and by tests.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use twofold_mmu::{CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
 
 use crate::boot::{self, firmware};
-use crate::config::{Config, DebugItem, StopReason};
+use crate::config::{Config, DebugItem, OnReset, StopReason};
 use crate::cpu::{self, CpuModel};
 use crate::exec::{self, RunEnd, Waker};
 use crate::platform::clock::Clock;
 use crate::platform::{MMIO_REGIONS, Outcome, Platform};
+use crate::profile::PerfLog;
 use crate::stats::{self, RunFacts};
+use crate::symbols::{SymbolTable, Symbols};
 use crate::trace::Trace;
 use crate::vcpu::{Shared, Shutdown, Vcpu};
 
@@ -59,6 +62,8 @@ pub struct RunOutcome {
     pub registers: Option<String>,
     /// The statistics, JSON, when they were asked for.
     pub stats: Option<String>,
+    /// What was written for `perf`, when it was asked for.
+    pub profile: Option<PathBuf>,
 }
 
 /// Why a run could not start or go on.
@@ -98,13 +103,26 @@ impl std::error::Error for Error {}
 /// When the machine cannot be built as `config` says, or twofold itself fails.
 pub fn run(config: &Config) -> Result<RunOutcome, Error> {
     let start = Instant::now();
+    let mut symbols = load_symbols(config)?;
     let mut vcpus = Machine::new(config)?.boot(config)?;
+    if let Some(kind) = config.perf {
+        let log = PerfLog::create(kind, std::mem::take(&mut symbols), vcpus[0].jit.code.as_ref());
+        let log = log.map_err(|e| Error::Usage(format!("--perf: cannot write in /tmp: {e}; leave the option out")))?;
+        vcpus[0].jit.perf = Some(Box::new(log));
+    }
     let waker = vcpus[0].waker.clone();
     config.control.set_kick(waker.as_kick());
     if let Some(limit) = config.timeout {
         config.control.arm_timeout(limit);
     }
-    let (end, last) = exec::turns::run(&mut vcpus, &config.control);
+    let (end, last) = loop {
+        let (end, last) = exec::turns::run(&mut vcpus, &config.control);
+        let again = matches!(end, RunEnd::Outcome(Outcome::Reset) | RunEnd::Shutdown(Shutdown::TripleFault));
+        if config.on_reset != OnReset::Reset || !again || config.control.stopped().is_some() {
+            break (end, last);
+        }
+        restart(&mut vcpus, last, config)?;
+    };
     waker.detach();
     // The one that ended the run holds the blocks; the file tells of it and of what all retired.
     let total = vcpus.iter().map(|v| v.state.retired).sum();
@@ -122,19 +140,88 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
         RunEnd::Stopped(reason) => Ending::Stopped(reason),
     };
     let dump = matches!(ending, Ending::Reset | Ending::TripleFault | Ending::Halted);
+    // What looking for symbols takes is not the guest's.
+    let usage = usage();
+    let facts = RunFacts {
+        ending,
+        wall: start.elapsed().as_secs_f64(),
+        cpu: usage.cpu_seconds,
+        peak_rss: usage.peak_rss,
+        guest_memory: config.memory,
+    };
+    let mut profile = None;
+    if let Some(log) = vcpu.jit.perf.take() {
+        let (written, found) = log.finish(vcpu);
+        symbols = found;
+        profile = Some(written.map_err(|e| Error::Usage(format!("--perf: cannot write in /tmp: {e}; make room there")))?);
+    }
     let stats = config.stats.is_some().then(|| {
-        let usage = usage();
-        let facts = RunFacts {
-            ending,
-            wall: start.elapsed().as_secs_f64(),
-            cpu: usage.cpu_seconds,
-            peak_rss: usage.peak_rss,
-            guest_memory: config.memory,
-        };
-        let value = stats::collect(vcpu, &facts, |_| None);
+        symbols.resolve(vcpu);
+        let value = stats::collect(vcpu, &facts, |address| symbols.name(address));
         serde_json::to_string_pretty(&value).unwrap_or_default()
     });
-    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(vcpu)), stats })
+    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(vcpu)), stats, profile })
+}
+
+/// The names that files give: what `--symbols` names, and the kernel when it is an ELF.
+fn load_symbols(config: &Config) -> Result<Symbols, Error> {
+    let mut symbols = Symbols::default();
+    if let Some(path) = &config.symbols {
+        symbols.add_file(SymbolTable::from_file(path).map_err(|e| Error::Usage(format!("--symbols: {e}")))?);
+    }
+    if config.stats.is_some() || config.perf.is_some() {
+        let kernel = match (&config.kernel_image, &config.kernel) {
+            (Some(image), _) => SymbolTable::from_elf(&image[..]),
+            (None, Some(path)) => SymbolTable::from_elf_file(path),
+            (None, None) => None,
+        };
+        kernel.into_iter().for_each(|table| symbols.add_file(table));
+    }
+    Ok(symbols)
+}
+
+/// Resets the machine: devices and processors are as after power-up, the guest is loaded again over the memory as it is
+/// (a reset does not clear memory), and nothing that was translated is left. `last` is the processor with the machinery.
+fn restart(vcpus: &mut [Box<Vcpu>], last: usize, config: &Config) -> Result<(), Error> {
+    let blocks: Vec<_> = vcpus[last].jit.tbs.iter().map(|(id, _)| id).collect();
+    exec::slow::drop_blocks(&mut vcpus[last], &blocks);
+    vcpus[last].jit.tbs.quiescent();
+    if let Ok([first, last]) = vcpus.get_disjoint_mut([0, last]) {
+        std::mem::swap(&mut first.jit, &mut last.jit);
+        first.state.exec_counts = last.state.exec_counts;
+    }
+    vcpus[0].platform().reset();
+    let shared = vcpus[0].shared.clone();
+    let loaded = boot::load(config, &shared.map).map_err(|e| Error::Usage(e.to_string()))?;
+    for vcpu in vcpus.iter_mut() {
+        cpu::reset(vcpu);
+        vcpu.mmu.jump_clear();
+        vcpu.jit.forget_exits();
+        vcpu.wait_for_sipi = vcpu.index != 0;
+        if loaded.without_firmware {
+            vcpu.cold.firmware_mtrrs();
+        }
+    }
+    let boot = &mut vcpus[0];
+    if boot.debug.has(DebugItem::Boot) {
+        for line in std::iter::once(&String::from("the machine is reset")).chain(&loaded.report) {
+            boot.trace.write(&format!("boot: {line}\n"));
+        }
+    }
+    enter_guest(boot, &loaded);
+    // What was written to blocks before they went is of no interest now.
+    let _ = boot.mmu.code().take_written();
+    Ok(())
+}
+
+/// Makes the bootstrap processor, which has its reset values, begin with what was loaded.
+fn enter_guest(boot: &mut Vcpu, loaded: &boot::Loaded) {
+    loaded.entry.apply(&mut boot.state);
+    cpu::refresh_space(boot);
+    boot.mmu.reset(&boot.space).store(&mut boot.state);
+    if loaded.without_firmware {
+        boot.platform().enter_virtual_wire_mode();
+    }
 }
 
 /// The parts of a machine before anything runs.
@@ -186,15 +273,13 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
+        if config.debug.has(DebugItem::Io) {
+            self.shared.platform().set_trace(Box::new(move |line| trace.write(&format!("{line}\n"))));
+        }
         let boot = &mut vcpus[0];
         boot.waker = self.waker;
         boot.waker.attach(&boot.state.attention);
-        loaded.entry.apply(&mut boot.state);
-        cpu::refresh_space(boot);
-        boot.mmu.reset(&boot.space).store(&mut boot.state);
-        if loaded.without_firmware {
-            boot.platform().enter_virtual_wire_mode();
-        }
+        enter_guest(boot, &loaded);
         Ok(vcpus)
     }
 

@@ -150,6 +150,12 @@ impl SymbolTable {
         table.finish()
     }
 
+    /// The symbols of an ELF file; `None` when it cannot be read, is none or has none.
+    #[must_use]
+    pub fn from_elf_file(path: &Path) -> Option<Self> {
+        Self::from_elf(&object::ReadCache::new(std::fs::File::open(path).ok()?))
+    }
+
     /// The symbols in a file, an ELF or a System.map.
     ///
     /// # Errors
@@ -162,11 +168,8 @@ impl SymbolTable {
         if !meta.is_file() || meta.len() > LARGEST_FILE {
             return Err(format!("{name}: not a file of symbols; give a vmlinux with a symbol table or a System.map"));
         }
-        let table = if Self::from_elf(&object::ReadCache::new(&file)).is_some() {
-            Self::from_elf(&object::ReadCache::new(&file))
-        } else {
-            std::fs::read_to_string(path).ok().and_then(|text| Self::from_system_map(&text))
-        };
+        let map = || std::fs::read_to_string(path).ok().and_then(|text| Self::from_system_map(&text));
+        let table = Self::from_elf(&object::ReadCache::new(&file)).or_else(map);
         table.ok_or_else(|| format!("{name}: no symbols in it; give a vmlinux with a symbol table or a System.map"))
     }
 }

@@ -92,6 +92,13 @@ pub struct Shared {
     pub clock: Clock,
 }
 
+impl Shared {
+    /// The devices.
+    pub fn platform(&self) -> MutexGuard<'_, Platform> {
+        self.platform.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// One virtual processor.
 pub struct Vcpu {
     /// Its number, 0 for the boot processor.
@@ -163,7 +170,7 @@ impl Vcpu {
 
     /// The devices.
     pub fn platform(&self) -> MutexGuard<'_, Platform> {
-        self.shared.platform.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.platform()
     }
 
     /// The guest's time-stamp counter.

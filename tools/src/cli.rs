@@ -158,6 +158,9 @@ pub struct RunArgs {
     /// Tell perf about guest code: a map file, or a dump for 'perf inject --jit'
     #[arg(long, value_enum, help_heading = "Seeing")]
     pub perf: Option<PerfArg>,
+    /// Names for guest addresses: a vmlinux or System.map; without it, Linux's own tables are found in guest memory
+    #[arg(long, value_name = "FILE", help_heading = "Seeing")]
+    pub symbols: Option<PathBuf>,
     /// Trace; '-d help' lists the items
     #[arg(short = 'd', value_name = "ITEM,ITEM...", help_heading = "Seeing", value_parser = parse_debug_items)]
     pub debug: Option<DebugArg>,
@@ -251,6 +254,7 @@ impl RunArgs {
             on_reset: self.on_reset.into(),
             stats: self.stats.clone(),
             perf: self.perf.map(Into::into),
+            symbols: self.symbols.clone(),
             debug: match self.debug {
                 Some(DebugArg::Items(items)) => items,
                 _ => DebugItems::default(),

@@ -118,6 +118,9 @@ fn execute(mut config: Config) -> Result<u8, Error> {
     drop(raw);
     let outcome = result?;
     report(outcome.ending, outcome.registers.as_deref());
+    if let Some(path) = &outcome.profile {
+        eprintln!("twofold: note: the profile for perf is {}", path.display());
+    }
     if let Some(json) = &outcome.stats {
         match stats_file {
             Some((path, mut file)) => writeln!(file, "{json}").map_err(|e| cannot_write(&path, &e))?,

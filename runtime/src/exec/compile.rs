@@ -273,6 +273,16 @@ fn take(vcpu: &mut Vcpu, done: Done) {
     }
 }
 
+/// `--perf`: notes the block.
+pub(super) fn profile(vcpu: &mut Vcpu, id: TbId, installed: &twofold_backend::InstalledTb) {
+    let rip = vcpu.jit.tbs.get(id).rip;
+    let (Some(mut log), Some(code)) = (vcpu.jit.perf.take(), &vcpu.jit.code) else { return };
+    if log.installed(code, installed, rip) {
+        log.write(vcpu);
+    }
+    vcpu.jit.perf = Some(log);
+}
+
 /// Puts host code in code memory; evicts the oldest when there is no room.
 fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
     for _ in 0..2 {
@@ -281,6 +291,7 @@ fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
             Ok(installed) => {
                 vcpu.counters.compiled += 1;
                 vcpu.counters.code_bytes += compiled.len() as u64;
+                profile(vcpu, id, &installed);
                 vcpu.jit.tbs.set_code(id, installed);
                 return;
             }

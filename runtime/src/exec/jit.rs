@@ -10,6 +10,7 @@ use super::counts::{ExecCounts, Executions};
 use super::tb::{TbId, TbStore};
 use super::turns::Broadcast;
 use crate::config::Tier;
+use crate::profile::PerfLog;
 
 /// When a block moves up.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +58,8 @@ pub struct Jit {
     pub broadcasts: Vec<Broadcast>,
     /// How often blocks ran.
     pub counts: ExecCounts,
+    /// What `--perf` gathers.
+    pub perf: Option<Box<PerfLog>>,
 }
 
 impl Jit {
@@ -83,7 +86,15 @@ impl Jit {
             serial: 0,
             broadcasts: Vec::new(),
             counts: ExecCounts::default(),
+            perf: None,
         }
+    }
+
+    /// Forgets how host code was last left: the machine is reset.
+    pub fn forget_exits(&mut self) {
+        (self.current, self.link_from) = (None, None);
+        (self.restart, self.alone, self.fill_jump_cache) = (false, false, false);
+        self.broadcasts.clear();
     }
 
     /// The block whose host code contains `host`.

@@ -6,8 +6,9 @@
 //! themselves, one after another. From there the neighbours follow, each checked against the others:
 //!
 //! ```text
-//! up to 6.3: offsets, relative_base, num_syms, names, markers, token_table, token_index
-//! from 6.4:  num_syms, names, markers, token_table, token_index, offsets, relative_base
+//! up to 6.1: offsets, relative_base, num_syms, names, markers, token_table, token_index
+//! from 6.2:  the same with seqs_of_names before token_table (Debian's 6.1, too)
+//! from 6.4:  num_syms, names, markers, token_table, token_index, offsets, relative_base, seqs_of_names
 //! ```
 //!
 //! Invariant: guest memory is untrusted, so every index is checked and every loop bounded; what is inconsistent is skipped.
@@ -147,8 +148,7 @@ fn tokens(b: &[u8], digits: usize) -> Option<Tokens> {
 /// The whole table, with the digits' tokens at `digits` of `b`, which begins at a page boundary.
 fn parse(b: &[u8], digits: usize, wide: bool) -> Option<SymbolTable> {
     let tokens = tokens(b, digits)?;
-    let (markers_at, markers) = markers(b, tokens.start)?;
-    let names = names(b, markers_at, &markers)?;
+    let names = find_names(b, tokens.start)?;
     let pointer = if wide { 8 } else { 4 };
     // Before 6.4, then since.
     let base_at = names.count_at.checked_sub(pointer);
@@ -183,7 +183,26 @@ fn parse(b: &[u8], digits: usize, wide: bool) -> Option<SymbolTable> {
     table.finish()
 }
 
-/// The offsets of every 256th name, which end before the token table: where they are, and they.
+/// The names before the token table at `tokens`; between them are the markers and perhaps three bytes for each name.
+fn find_names(b: &[u8], tokens: usize) -> Option<Names> {
+    let farthest = tokens.saturating_sub(3 * MOST_SYMBOLS);
+    let mut end = tokens & !3;
+    while end > farthest {
+        if let Some((at, markers)) = markers(b, end) {
+            let between = tokens - end;
+            let (least, most) = (768 * (markers.len() - 1), 768 * markers.len() + 8);
+            if (between == 0 || (between > least && between < most))
+                && let Some(names) = names(b, at, &markers)
+            {
+                return Some(names);
+            }
+        }
+        end -= 4;
+    }
+    None
+}
+
+/// The offsets of every 256th name, which end at `end`: where they are, and they.
 fn markers(b: &[u8], end: usize) -> Option<(usize, Vec<u32>)> {
     let mut at = end & !3;
     let mut markers = Vec::new();
@@ -287,8 +306,9 @@ mod tests {
     /// Where the offsets are.
     #[derive(Clone, Copy, PartialEq, Debug)]
     enum Layout {
-        Linux61,
-        Linux612,
+        Linux60,
+        Linux62,
+        Linux64,
     }
 
     fn align(out: &mut Vec<u8>, to: usize) {
@@ -340,7 +360,7 @@ mod tests {
             align(out, p);
             out.extend(&base.to_le_bytes()[..p]);
         };
-        if layout == Layout::Linux61 {
+        if layout != Layout::Linux64 {
             offsets(&mut out);
         }
         align(&mut out, p);
@@ -352,6 +372,13 @@ mod tests {
             out.extend(m.to_le_bytes());
         }
         align(&mut out, p);
+        if layout == Layout::Linux62 {
+            // In the order of the names: any permutation will do.
+            for i in 0..symbols.len() {
+                out.extend(&((i * 7919 % symbols.len()) as u32).to_be_bytes()[1..]);
+            }
+            align(&mut out, p);
+        }
         let start = out.len();
         let mut index = Vec::new();
         for t in 0..=255u8 {
@@ -369,7 +396,7 @@ mod tests {
         for i in index {
             out.extend(i.to_le_bytes());
         }
-        if layout == Layout::Linux612 {
+        if layout == Layout::Linux64 {
             offsets(&mut out);
         }
         out.extend([0xaa; 4096]);
@@ -389,8 +416,8 @@ mod tests {
     }
 
     #[test]
-    fn both_layouts_and_both_widths() {
-        for layout in [Layout::Linux61, Layout::Linux612] {
+    fn every_layout_in_both_widths() {
+        for layout in [Layout::Linux60, Layout::Linux62, Layout::Linux64] {
             for (wide, base) in [(true, 0xffff_ffff_a2e0_0000u64), (false, 0xc100_0000)] {
                 for n in [700, 701, 1200] {
                     let all = symbols(base, n, wide);
@@ -408,7 +435,7 @@ mod tests {
     #[test]
     fn found_in_guest_memory_wherever_it_is() {
         let base = 0xffff_ffff_8100_0000;
-        let (image, _) = image(&symbols(base, 900, true), base, Layout::Linux612, true);
+        let (image, _) = image(&symbols(base, 900, true), base, Layout::Linux62, true);
         for at in [0x10_0000u64, 0x1f_f000, 0x3f_0000] {
             let ram = twofold_mmu::GuestRam::new(8 << 20).unwrap();
             let map = PhysMap::new(std::sync::Arc::new(ram), Default::default());
@@ -423,7 +450,7 @@ mod tests {
     #[test]
     fn garbage_is_no_table_and_no_panic() {
         let base = 0xffff_ffff_8100_0000;
-        let (good, digits) = image(&symbols(base, 600, true), base, Layout::Linux61, true);
+        let (good, digits) = image(&symbols(base, 600, true), base, Layout::Linux60, true);
         let mut seed = 1u64;
         let mut random = || {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
