@@ -47,9 +47,11 @@ struct Graph {
 }
 
 impl Graph {
-    fn target(&self, exit: &Exit) -> Option<usize> {
+    /// The block of the region that an exit leads to. One before any instruction is complete leaves: a cycle of such exits would
+    /// use up no budget.
+    fn target(&self, exit: &Exit, retired: u16) -> Option<usize> {
         match exit {
-            Exit::Jump { off } => self.by_start.get(off).copied(),
+            Exit::Jump { off } if retired != 0 => self.by_start.get(off).copied(),
             _ => None,
         }
     }
@@ -57,7 +59,7 @@ impl Graph {
     fn new(blocks: &[Block], slots: &Slots) -> Self {
         let by_start = blocks.iter().enumerate().map(|(i, b)| (b.start(), i)).collect();
         let mut g = Self { by_start, checked: Vec::new(), dirty: vec![0; blocks.len()] };
-        let edges: Vec<Vec<usize>> = blocks.iter().map(|b| exits(b).filter_map(|e| g.target(e)).collect()).collect();
+        let edges: Vec<Vec<usize>> = blocks.iter().map(|b| exits(b).filter_map(|(e, n)| g.target(e, n)).collect()).collect();
         // Depth first from the root: an edge to a block that is still open closes a cycle.
         let (mut color, mut stack) = (vec![0u8; blocks.len()], vec![(0, 0)]);
         color[0] = 1;
@@ -87,11 +89,8 @@ impl Graph {
             changed = false;
             for (i, b) in blocks.iter().enumerate() {
                 let mut now = g.dirty[i];
-                let mut flow = |exit: &Exit, now: u64| {
-                    if let Some(&to) = match exit {
-                        Exit::Jump { off } => g.by_start.get(off),
-                        _ => None,
-                    } {
+                let mut flow = |exit: &Exit, retired: u16, now: u64| {
+                    if let Some(to) = g.target(exit, retired) {
                         changed |= g.dirty[to] | now != g.dirty[to];
                         g.dirty[to] |= now;
                     }
@@ -100,12 +99,12 @@ impl Graph {
                     if let Op::ExitIf { exit, .. } = *op
                         && let Some(side) = b.exits.get(exit as usize)
                     {
-                        flow(&side.exit, now);
+                        flow(&side.exit, side.retired, now);
                     }
                     now = dirty_after(slots, op, now);
                 }
                 if let Some(end) = &b.end {
-                    flow(end, now);
+                    flow(end, b.retired, now);
                 }
             }
         }
@@ -113,9 +112,9 @@ impl Graph {
     }
 }
 
-/// Every way out of a block.
-fn exits(b: &Block) -> impl Iterator<Item = &Exit> {
-    b.exits.iter().map(|s| &s.exit).chain(&b.end)
+/// Every way out of a block, with the instructions complete there.
+fn exits(b: &Block) -> impl Iterator<Item = (&Exit, u16)> {
+    b.exits.iter().map(|s| (&s.exit, s.retired)).chain(b.end.iter().map(|e| (e, b.retired)))
 }
 
 /// Whether an op may change any of the guest state.
@@ -323,7 +322,7 @@ impl RegionLowering<'_> {
     }
 
     fn side_exit(&mut self, c: Clif, exit: &Exit, retired: u16) -> Result<(), CompileError> {
-        let inside = self.graph.target(exit).is_some();
+        let inside = self.graph.target(exit, retired).is_some();
         let out = self.l.new_block(!inside);
         let next = self.l.new_block(false);
         self.l.cur.ins().brif(c, out, &[], next, &[]);
@@ -341,7 +340,7 @@ impl RegionLowering<'_> {
         if back != 0 {
             self.budget = self.l.cur.ins().iadd_imm_s(self.budget, back);
         }
-        match self.graph.target(exit) {
+        match self.graph.target(exit, retired) {
             Some(to) if self.graph.checked.contains(&(self.at, to)) => self.jump_checked(to),
             Some(to) => {
                 let args = self.arguments();

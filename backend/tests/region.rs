@@ -1,0 +1,253 @@
+//! Random regions, loops included, against the reference evaluator that runs their blocks one after the other: state, memory,
+//! everything observable in order, exits, retired instructions, faults at each point where one can happen, and the budget.
+#![allow(missing_docs)]
+#![cfg(target_arch = "x86_64")]
+
+mod common;
+
+use common::{Machine, RIP_BASE, enter};
+use twofold_arch::{CodeSize, TbFlags};
+use twofold_backend::{CodeMemory, InstalledTb, Leave, Options, Probe, REGION_SLOTS, RegionCompiler};
+use twofold_ir::eval::{self, Target, reference};
+use twofold_ir::passes::{Options as PassOptions, Passes};
+use twofold_ir::testing::{Rng, Shape, random_block};
+use twofold_ir::{Block, Exit};
+
+/// Bytes from one block to the next.
+const STRIDE: u16 = 128;
+
+fn blocks(rng: &mut Rng, optimise: bool) -> Vec<Block> {
+    let n = 1 + rng.below(5);
+    let flags = TbFlags(rng.below(3) as u32 | (rng.below(3) as u32) << TbFlags::MEM_SHIFT);
+    let mut passes = Passes::default();
+    (0..n)
+        .map(|i| {
+            let mut b = loop {
+                let shape = Shape::random(rng);
+                let b = random_block(rng, shape);
+                if b.retired > 0 {
+                    break b;
+                }
+            };
+            b.flags = flags;
+            b.insns.iter_mut().for_each(|insn| insn.off += i as u16 * STRIDE);
+            for side in &mut b.exits {
+                redirect(rng, &mut side.exit, n, 2);
+            }
+            if let Some(end) = &mut b.end {
+                redirect(rng, end, n, 6);
+            }
+            if optimise {
+                passes.run(&mut b, &PassOptions::default());
+            }
+            b
+        })
+        .collect()
+}
+
+/// Makes an exit lead to one of `n` blocks, most of the time.
+fn redirect(rng: &mut Rng, exit: &mut Exit, n: usize, odds: usize) {
+    if !rng.one_in(odds) {
+        *exit = Exit::Jump { off: rng.below(n) as u16 * STRIDE };
+    }
+}
+
+fn truncate(b: &Block, rip: u64) -> u64 {
+    match b.flags.size() {
+        CodeSize::Bits16 => rip & 0xffff,
+        CodeSize::Bits32 => rip & 0xffff_ffff,
+        CodeSize::Bits64 => rip,
+    }
+}
+
+/// How the reference left.
+enum Left {
+    Exit(Target),
+    Fault(u16),
+    /// Between blocks, at this page offset.
+    At(u16),
+}
+
+/// Runs blocks until they leave, or until `retired` instructions are done and the next block starts at `stop`.
+fn model(blocks: &[Block], m: &mut Machine, stop: Option<(i32, u16)>) -> (Left, i32) {
+    let (mut at, mut retired) = (0, 0);
+    for step in 0.. {
+        let b = &blocks[at];
+        if stop == Some((retired, b.start())) {
+            return (Left::At(b.start()), retired);
+        }
+        assert!(step < 10_000, "the reference does not leave, stop {stop:?}");
+        match reference::run(b, m) {
+            eval::Leave::Abandoned { insn } => {
+                return (Left::Fault(b.insns[insn as usize].off), retired + i32::from(insn));
+            }
+            eval::Leave::Exit { to, retired: n, .. } => {
+                retired += i32::from(n);
+                match to {
+                    Target::Jump { off } if n > 0 && usize::from(off / STRIDE) < blocks.len() && off % STRIDE == 0 => {
+                        at = usize::from(off / STRIDE);
+                    }
+                    _ => return (Left::Exit(to), retired),
+                }
+            }
+        }
+    }
+    unreachable!()
+}
+
+struct Rig {
+    compiler: RegionCompiler,
+    memory: CodeMemory,
+}
+
+impl Rig {
+    fn install(&mut self, blocks: &[Block]) -> InstalledTb {
+        let tb = self.compiler.compile(blocks, None).unwrap_or_else(|e| panic!("{e}\n{blocks:#?}"));
+        loop {
+            match self.memory.install(&tb, 5) {
+                Ok(tb) => return tb,
+                Err(_) => drop(self.memory.evict_oldest()),
+            }
+        }
+    }
+}
+
+/// How a run goes.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    seed: u64,
+    fault_at: usize,
+    budget: i32,
+    /// More than one lets the TLB fill.
+    runs: usize,
+}
+
+fn check(rig: &mut Rig, tb: &InstalledTb, blocks: &[Block], case: Case) -> usize {
+    let Case { seed, fault_at, budget, runs } = case;
+    let (mut a, mut c) = (Machine::new(seed), Machine::new(seed));
+    for m in [&mut a, &mut c] {
+        m.state.tb_flags = blocks[0].flags.0;
+        m.fault_at = fault_at;
+        m.fill = runs > 1;
+    }
+    for run in 0..runs {
+        c.state.fault.pending = 0;
+        c.state.budget = budget;
+        let got = enter(&mut c, tb.entry);
+        let mut did = budget - c.state.budget;
+        let rip = c.state.rip;
+        let at = |off: i64| truncate(&blocks[0], RIP_BASE.wrapping_add(off as u64));
+        let mut stop = None;
+        if got == Leave::Budget {
+            let b = blocks.iter().find(|b| at(b.start().into()) == rip).expect("a block starts there");
+            assert!(c.state.budget < 0, "seed {seed} left with {}", c.state.budget);
+            stop = Some((did, b.start()));
+        }
+        let (want, retired) = model(blocks, &mut a, stop);
+        let text = |what: &str| format!("{what}: {case:?} run {run} {got:?}\n{blocks:#?}");
+        let ok = match (&want, got) {
+            (Left::At(off), Leave::Budget) => rip == at((*off).into()),
+            (Left::Fault(off), Leave::Fault) => {
+                let host_ret = c.state.host_ret;
+                assert_eq!(rig.memory.tb_at(host_ret), Some(tb.id));
+                let (o, back) = tb.site(host_ret).expect("a site");
+                did -= back;
+                o == *off
+            }
+            (Left::Exit(to), got) => match (*to, got) {
+                (Target::Jump { off }, Leave::Unlinked { tb: id, slot }) => {
+                    let slot = tb.slots[usize::from(slot - REGION_SLOTS)];
+                    id == tb.id && slot.off == off && rip == at(off.into())
+                }
+                (Target::JumpFar { off }, Leave::Lookup) => rip == at(off.into()),
+                (Target::Indirect { rip: to, .. }, Leave::Lookup) => rip == to,
+                (Target::Dispatch { off }, Leave::Dispatch) => rip == at(off.into()),
+                (Target::Helped, Leave::Helped) => true,
+                (Target::Raise { off, exception }, Leave::Raise) => {
+                    rip == at(off.into()) && c.state.fault.vector == exception.vector as u32
+                }
+                _ => false,
+            },
+            _ => false,
+        };
+        assert!(ok, "{}", text("exit"));
+        assert_eq!(did, retired, "{}", text("retired"));
+        if runs == 1 {
+            for (n, (x, y)) in a.snapshots.iter().zip(&c.snapshots).enumerate() {
+                if let Some(i) = (0..x.len()).find(|&i| x[i] != y[i]) {
+                    panic!("event {n} word {i}: {:#x} {:#x} {:?} {}", x[i], y[i], a.trace[n], text("state"));
+                }
+            }
+            assert!(a.trace == c.trace, "{}", text("trace"));
+        }
+        for (n, page) in &a.pages {
+            if let Some(other) = c.pages.get(n) {
+                assert!(page == other, "page {n:#x} {}", text("memory"));
+            }
+        }
+        assert_eq!(a.state.gpr, c.state.gpr, "{}", text("gpr"));
+        assert_eq!(a.state.vec, c.state.vec, "{}", text("vec"));
+        assert_eq!(a.digest(), c.digest(), "{}", text("state"));
+    }
+    a.trace.len()
+}
+
+fn campaign(seeds: std::ops::Range<u64>, optimise: bool) {
+    let options = Options { probe: Probe::Inline, verify: true };
+    let compiler = RegionCompiler::new(options).expect("compiler");
+    let mut rig = Rig { compiler, memory: CodeMemory::new(8 << 20).expect("code memory") };
+    for seed in seeds {
+        let mut rng = Rng(seed * 91 + 7);
+        let b = blocks(&mut rng, optimise);
+        let tb = rig.install(&b);
+        let plain = Case { seed, fault_at: usize::MAX, budget: 150, runs: 1 };
+        let events = check(&mut rig, &tb, &b, plain);
+        check(&mut rig, &tb, &b, Case { budget: 3, ..plain });
+        for _ in 0..events.min(6) {
+            check(&mut rig, &tb, &b, Case { fault_at: rng.below(events), ..plain });
+        }
+        if events > 0 {
+            check(&mut rig, &tb, &b, Case { runs: 3, ..plain });
+        }
+    }
+}
+
+#[test]
+fn random_regions() {
+    campaign(0..1000, false);
+}
+
+#[test]
+fn random_regions_after_passes() {
+    campaign(1000..2500, true);
+}
+
+/// A region that would never leave is left when somebody wants attention.
+#[test]
+fn attention_ends_a_loop() {
+    let text = "block flags 0x2 retired 1\ninsn 0x0 len 1\na = get.i64 rax\none = const.i64 0x1\nb = add.i64 a, one\n\
+                put.i64 rax, b\nend jump 0x0\n";
+    let b = twofold_ir::parse::parse(text).expect("a block");
+    let mut rig = Rig {
+        compiler: RegionCompiler::new(Options::default()).expect("compiler"),
+        memory: CodeMemory::new(8 << 20).expect("code memory"),
+    };
+    let tb = rig.install(&[b]);
+    let mut m = Machine::new(1);
+    m.state.budget = i32::MAX;
+    let before = m.state.gpr[0];
+    let wanted = std::ptr::from_ref(&m.state.attention) as usize;
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        // SAFETY: the machine outlives the thread; the word is atomic.
+        #[allow(unsafe_code)]
+        let attention = unsafe { &*(wanted as *const std::sync::atomic::AtomicI32) };
+        attention.store(-1, std::sync::atomic::Ordering::Release);
+    });
+    assert_eq!(enter(&mut m, tb.entry), Leave::Budget);
+    thread.join().expect("no panic");
+    assert_eq!(m.state.rip, RIP_BASE);
+    let did = m.state.gpr[0].wrapping_sub(before);
+    assert_eq!(did, (i32::MAX - m.state.budget) as u64);
+    assert!(did > 1000);
+}
