@@ -12,27 +12,53 @@ use std::time::Instant;
 
 use twofold_arch::TbFlags;
 use twofold_arch::cpuid::Features;
-use twofold_backend::{CompileError, CompiledTb, Compiler, Options};
+use twofold_backend::{CompileError, CompiledTb, Compiler, Options, RegionCompiler};
 use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
 use twofold_ir::passes::{Options as PassOptions, Passes};
 
+use super::region::RegionState;
 use super::tb::{TbId, TierState};
 use super::turns::Broadcast;
 use crate::config::{DebugItem, DebugItems};
 use crate::vcpu::Vcpu;
 
-/// A block to compile.
-struct Job {
+/// A block as the compile thread gets it.
+pub struct Piece {
     id: TbId,
     serial: u64,
-    flags: TbFlags,
     off: u16,
     insns: usize,
     bytes: Vec<u8>,
-    features: Features,
     /// The entry of the table of execution counts that its code adds to.
     counter: Option<u32>,
+}
+
+impl Piece {
+    /// Block `id`.
+    #[must_use]
+    pub fn of(vcpu: &Vcpu, id: TbId) -> Self {
+        let tb = vcpu.jit.tbs.get(id);
+        let (pa, len) = (tb.key.pa, tb.len as usize);
+        let mut bytes = vec![0; len];
+        let first = len.min(0x1000 - pa.page_offset() as usize);
+        vcpu.shared.map.read(pa, &mut bytes[..first]);
+        if let Some(page) = tb.second_page {
+            vcpu.shared.map.read(page, &mut bytes[first..]);
+        }
+        let (off, insns, counter) = (pa.page_offset() as u16, tb.insns as usize, vcpu.jit.counts.counter(id));
+        Self { id, serial: tb.serial, off, insns, bytes, counter }
+    }
+}
+
+/// What to compile.
+struct Job {
+    /// The block, or the root of a region.
+    root: Piece,
+    /// The other blocks of a region.
+    others: Option<Vec<Piece>>,
+    flags: TbFlags,
+    features: Features,
     /// `-d clif,out_asm`: the texts that are wanted.
     texts: DebugItems,
 }
@@ -44,6 +70,8 @@ struct Done {
     ns: u64,
     result: Result<CompiledTb, CompileError>,
     text: String,
+    /// Of a region: its blocks.
+    members: Option<Vec<(TbId, u64)>>,
 }
 
 /// How much a job matters.
@@ -60,6 +88,7 @@ pub enum Heat {
 struct Waiting {
     warm: VecDeque<Job>,
     hot: VecDeque<Job>,
+    regions: VecDeque<Job>,
     closed: bool,
 }
 
@@ -76,6 +105,7 @@ impl Inbox {
     fn push(&self, job: Job, heat: Heat) {
         let mut waiting = self.lock();
         match heat {
+            _ if job.others.is_some() => waiting.regions.push_back(job),
             Heat::Warm => waiting.warm.push_back(job),
             Heat::Hot => waiting.hot.push_back(job),
         }
@@ -90,6 +120,9 @@ impl Inbox {
                 return None;
             }
             if let Some(job) = waiting.hot.pop_front() {
+                return Some(job);
+            }
+            if let Some(job) = waiting.regions.pop_front() {
                 return Some(job);
             }
             if let Some(job) = waiting.warm.pop_front() {
@@ -122,7 +155,7 @@ impl CompileQueue {
         let (todo, counter) = (inbox.clone(), ready.clone());
         std::thread::Builder::new()
             .name(String::from("twofold-compile"))
-            .spawn(move || worker(compiler, &todo, &out, &counter))
+            .spawn(move || worker(compiler, options, &todo, &out, &counter))
             .ok()?;
         Some(Self { inbox, done, ready })
     }
@@ -141,22 +174,31 @@ impl Drop for CompileQueue {
     }
 }
 
-fn worker(mut compiler: Compiler, todo: &Inbox, out: &Sender<Done>, ready: &AtomicUsize) {
+fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<Done>, ready: &AtomicUsize) {
     let mut passes = Passes::default();
     // A block that got hot while it waited is asked for twice.
     let mut finished = HashSet::new();
+    let mut regions = None;
     while let Some(job) = todo.pop() {
-        if !finished.insert(job.serial) {
+        if job.others.is_none() && !finished.insert(job.root.serial) {
             continue;
         }
         let start = Instant::now();
         let mut text = String::new();
-        let result = match retranslate(&job, &mut passes) {
-            Some(block) => {
+        let result = match retranslate(&job, &job.root) {
+            Some(block) if job.others.is_some() => {
+                regions = regions.or_else(|| RegionCompiler::new(options).ok());
+                match &mut regions {
+                    Some(regions) => compile_region(regions, &job, block, &mut passes, &mut text),
+                    None => Err(CompileError::Unavailable),
+                }
+            }
+            Some(mut block) => {
+                passes.run(&mut block, &PassOptions::default());
                 if job.texts.has(DebugItem::Clif) {
                     text += &compiler.clif_text(&block).unwrap_or_else(|e| format!("{e}\n"));
                 }
-                compiler.compile_counted(&block, job.counter)
+                compiler.compile_counted(&block, job.root.counter)
             }
             None => Err(CompileError::Malformed),
         };
@@ -166,16 +208,44 @@ fn worker(mut compiler: Compiler, todo: &Inbox, out: &Sender<Done>, ready: &Atom
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
         ready.fetch_add(1, Ordering::Release);
-        if out.send(Done { id: job.id, serial: job.serial, ns, result, text }).is_err() {
+        let members = job.others.map(|others| {
+            std::iter::once(&job.root).chain(&others).map(|p| (p.id, p.serial)).collect()
+        });
+        let done = Done { id: job.root.id, serial: job.root.serial, ns, result, text, members };
+        if out.send(done).is_err() {
             return;
         }
     }
 }
 
-/// The job's IR, made the way `translate` made it.
-fn retranslate(job: &Job, passes: &mut Passes) -> Option<Block> {
-    let in_page = job.bytes.len().min(0x1000 - job.off as usize);
-    let (page, rest) = job.bytes.split_at(in_page);
+/// A region's code.
+fn compile_region(
+    regions: &mut RegionCompiler,
+    job: &Job,
+    root: Block,
+    passes: &mut Passes,
+    text: &mut String,
+) -> Result<CompiledTb, CompileError> {
+    let others = job.others.as_deref().unwrap_or_default();
+    let mut blocks = vec![root];
+    for piece in others {
+        blocks.push(retranslate(job, piece).ok_or(CompileError::Malformed)?);
+    }
+    let pieces = std::iter::once(&job.root).chain(others);
+    let counters: Option<Vec<u32>> = pieces.map(|p| p.counter).collect();
+    for block in &mut blocks {
+        passes.run(block, &PassOptions::default());
+    }
+    if job.texts.has(DebugItem::Clif) {
+        *text += &regions.clif_text(&blocks).unwrap_or_else(|e| format!("{e}\n"));
+    }
+    regions.compile(&blocks, counters.as_deref())
+}
+
+/// A block's IR as the front end makes it.
+fn retranslate(job: &Job, piece: &Piece) -> Option<Block> {
+    let in_page = piece.bytes.len().min(0x1000 - piece.off as usize);
+    let (page, rest) = piece.bytes.split_at(in_page);
     let mut next_page = || {
         let mut tail = [0; MAX_INSN_LEN];
         let n = rest.len().min(MAX_INSN_LEN);
@@ -184,15 +254,13 @@ fn retranslate(job: &Job, passes: &mut Passes) -> Option<Block> {
     };
     let request = Request {
         flags: job.flags,
-        off: job.off,
+        off: piece.off,
         page,
         next_page: &mut next_page,
         features: job.features,
-        max_insns: job.insns,
+        max_insns: piece.insns,
     };
-    let mut block = translate_block(request).ok()?;
-    passes.run(&mut block, &PassOptions::default());
-    Some(block)
+    translate_block(request).ok()
 }
 
 /// Asks for host code for block `id`.
@@ -206,28 +274,34 @@ pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
     if !wanted || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
         return;
     }
-    let (key, len, second) = (tb.key, tb.len as usize, tb.second_page);
-    let mut bytes = vec![0; len];
-    let first = len.min(0x1000 - key.pa.page_offset() as usize);
-    vcpu.shared.map.read(key.pa, &mut bytes[..first]);
-    if let Some(page) = second {
-        vcpu.shared.map.read(page, &mut bytes[first..]);
-    }
-    let job = Job {
-        id,
-        serial: tb.serial,
-        flags: key.flags,
-        off: key.pa.page_offset() as u16,
-        insns: tb.insns as usize,
-        bytes,
-        features,
-        counter: vcpu.jit.counts.counter(id),
-        texts: vcpu.debug,
-    };
+    let flags = tb.key.flags;
+    let job = Job { root: Piece::of(vcpu, id), others: None, flags, features, texts: vcpu.debug };
     if let Some(queue) = &vcpu.jit.queue {
         queue.inbox.push(job, heat);
         vcpu.jit.tbs.get_mut(id).tier = TierState::Queued;
         vcpu.counters.compile_requests += u64::from(heat == Heat::Warm);
+    }
+}
+
+/// Asks for a region of these blocks, the root first.
+pub fn push_region(vcpu: &mut Vcpu, mut pieces: Vec<Piece>) {
+    if pieces.is_empty() {
+        return;
+    }
+    let others = pieces.split_off(1);
+    let Some(root) = pieces.pop() else { return };
+    let (features, texts, flags) = (vcpu.model.features, vcpu.debug, vcpu.jit.tbs.get(root.id).key.flags);
+    if let Some(queue) = &vcpu.jit.queue {
+        queue.inbox.push(Job { root, others: Some(others), flags, features, texts }, Heat::Warm);
+    }
+}
+
+/// Waits for the region rooted at block `id` (`--tier opt`).
+pub fn wait_for_region(vcpu: &mut Vcpu, id: TbId) {
+    while vcpu.jit.tbs.get(id).region_state == RegionState::Queued {
+        let Some(queue) = &mut vcpu.jit.queue else { return };
+        let Ok(done) = queue.done.recv() else { return };
+        take(vcpu, done);
     }
 }
 
@@ -262,6 +336,18 @@ fn take(vcpu: &mut Vcpu, done: Done) {
     if !done.text.is_empty() {
         let text = format!("{:016x}: host code\n{}", tb.rip, done.text);
         vcpu.trace.write(&text);
+    }
+    if let Some(members) = done.members {
+        vcpu.counters.region_ns += done.ns;
+        match done.result {
+            Ok(compiled) => super::region::install(vcpu, &members, &compiled),
+            Err(error) => {
+                vcpu.counters.regions_refused += 1;
+                vcpu.jit.tbs.get_mut(done.id).region_state = RegionState::Refused;
+                vcpu.trace.warn_once("region", &format!("a loop stays in the quick tier: {error}"));
+            }
+        }
+        return;
     }
     match done.result {
         Ok(compiled) => install(vcpu, done.id, &compiled),
@@ -301,11 +387,13 @@ fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
     vcpu.jit.tbs.get_mut(id).tier = TierState::Refused;
 }
 
-/// Frees the oldest region of code memory: its blocks go back to the evaluator.
-fn evict(vcpu: &mut Vcpu) {
+/// Frees the oldest part of code memory: its blocks go back to the evaluator.
+pub(super) fn evict(vcpu: &mut Vcpu) {
     let Some(code) = &mut vcpu.jit.code else { return };
     vcpu.counters.evictions += 1;
     for number in code.evict_oldest() {
+        super::region::drop_region(vcpu, TbId(number));
+        super::region::drop_regions_of(vcpu, TbId(number));
         let tb = vcpu.jit.tbs.get_mut(TbId(number));
         // A dead block's id may be another's by now, with code elsewhere.
         if !tb.live || tb.code.take().is_none() {

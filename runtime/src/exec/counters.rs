@@ -92,6 +92,18 @@ pub struct Counters {
     pub compile_requests: u64,
     /// Blocks that came back with host code.
     pub compiled: u64,
+    /// Times the budget ran out in host code.
+    pub region_samples: u64,
+    /// Regions sent to the compile thread.
+    pub region_requests: u64,
+    /// Regions installed.
+    pub regions: u64,
+    /// Roots without a loop, and regions the compiler refused.
+    pub regions_refused: u64,
+    /// Regions that ended because a member died.
+    pub regions_dropped: u64,
+    /// Time of the compile thread for regions, host nanoseconds; part of `compile_ns`.
+    pub region_ns: u64,
     /// Blocks the compiler refused.
     pub compile_refused: u64,
     /// Blocks that died while they were compiled.

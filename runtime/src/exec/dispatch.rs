@@ -265,6 +265,9 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         Ok(id) => id,
         Err(trap) => return Next::Trap(trap),
     };
+    if vcpu.jit.sampled.take() == Some(vcpu.state.rip) {
+        super::region::sample(vcpu, id);
+    }
     loop {
         let n = i32::from(vcpu.jit.tbs.get(id).insns);
         if vcpu.state.budget < n || vcpu.state.attention.load(Ordering::Relaxed) < 0 {
@@ -281,7 +284,7 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         if vcpu.debug.has(DebugItem::Exec) {
             trace_block(vcpu, id);
         }
-        let entry = vcpu.jit.tbs.get(id).code.as_ref().map(|c| c.entry);
+        let entry = vcpu.jit.tbs.get(id).entry();
         let next = match entry {
             Some(entry) => {
                 vcpu.enter_phase(Phase::Code);
@@ -348,12 +351,18 @@ fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
         return;
     }
     let tb = vcpu.jit.tbs.get(id);
-    let Some(code) = tb.code.as_ref().map(|c| c.entry) else { return };
+    if tb.code.is_none() {
+        return;
+    }
     if let Some((from, slot)) = link_from
         && tb.second_page.is_none()
     {
         vcpu.jit.link(from, slot, id);
+        if vcpu.jit.policy.regions_at_once {
+            super::region::eagerly(vcpu, id);
+        }
     }
+    let Some(code) = vcpu.jit.tbs.get(id).entry() else { return };
     if fill {
         let la = linear_rip(vcpu, flags);
         let (rip, rip_base) = (vcpu.state.rip, vcpu.state.rip_base);
@@ -463,7 +472,8 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
         Leave::Abandoned { insn } => {
             vcpu.state.budget -= i32::from(insn);
             vcpu.counters.retired_eval += u64::from(insn);
-            abandoned(vcpu, id, insn as usize)
+            let off = vcpu.jit.tbs.get(id).insn_offs.get(insn as usize).copied().unwrap_or_default();
+            abandoned(vcpu, off)
         }
     }
 }
@@ -492,9 +502,8 @@ fn follow(vcpu: &mut Vcpu, to: Target) -> Next {
     }
 }
 
-/// The instruction `insn` of block `id` was abandoned: reads what the helper or slow path raised.
-fn abandoned(vcpu: &mut Vcpu, id: TbId, insn: usize) -> Next {
-    let off = vcpu.jit.tbs.get(id).insn_offs.get(insn).copied().unwrap_or_default();
+/// The instruction at page offset `off` was abandoned: reads what the helper or slow path raised.
+fn abandoned(vcpu: &mut Vcpu, off: u16) -> Next {
     set_rip(vcpu, i32::from(off));
     let fault = std::mem::take(&mut vcpu.state.fault);
     if fault.pending == PENDING_RESTART {
@@ -521,6 +530,9 @@ fn run_code(vcpu: &mut Vcpu, entry: u64) -> Next {
         }
         CodeLeave::Budget => {
             vcpu.counters.budget_exits += 1;
+            if vcpu.state.budget < 128 {
+                vcpu.jit.sampled = Some(vcpu.state.rip);
+            }
             Next::Events
         }
         CodeLeave::Dispatch | CodeLeave::Helped => {
@@ -532,9 +544,9 @@ fn run_code(vcpu: &mut Vcpu, entry: u64) -> Next {
             Next::Trap(Trap::from_record(&fault))
         }
         CodeLeave::Fault => match vcpu.jit.fault_site(vcpu.state.host_ret) {
-            Some((id, insn, unretired)) => {
+            Some((off, unretired)) => {
                 vcpu.state.budget += unretired;
-                abandoned(vcpu, id, insn)
+                abandoned(vcpu, off)
             }
             None => Next::Trap(Exception::UD.into()),
         },

@@ -53,7 +53,7 @@ impl Env {
 
     #[inline(always)]
     fn misaligned(flags: MemFlags, ty: Ty, addr: u64) -> bool {
-        flags.has(MemFlags::ALIGNED) && addr & u64::from(ty.bytes() - 1) != 0
+        flags.has(MemFlags::ALIGNED) && addr & u64::from(flags.checked_bytes(ty.bytes()) - 1) != 0
     }
 }
 
@@ -112,7 +112,7 @@ impl EvalEnv for Env {
     #[inline(always)]
     fn load128(&mut self, flags: MemFlags, addr: u64) -> Result<u128, Abandon> {
         let write = flags.has(MemFlags::WRITE_INTENT);
-        if let Some(p) = self.probe(addr, 16, write)
+        if let Some(p) = self.probe(addr, flags.checked_bytes(16).into(), write)
             && !Self::misaligned(flags, Ty::V128, addr)
         {
             // SAFETY: as in `load`.
@@ -143,7 +143,7 @@ impl EvalEnv for Env {
     }
     #[inline(always)]
     fn store128(&mut self, flags: MemFlags, addr: u64, v: u128) -> Result<(), Abandon> {
-        if let Some(p) = self.probe(addr, 16, true)
+        if let Some(p) = self.probe(addr, flags.checked_bytes(16).into(), true)
             && !Self::misaligned(flags, Ty::V128, addr)
         {
             // SAFETY: as in `store`.

@@ -2,7 +2,7 @@
 //!
 //! Held by whichever vCPU runs. Invariant: `queue` is `None` exactly when no tier above the evaluator is wanted or to be had.
 
-use twofold_backend::{CodeMemory, HelperTable, Options};
+use twofold_backend::{CodeMemory, HelperTable, Options, REGION_SLOTS, SlotRef};
 use twofold_ir::passes::Passes;
 
 use super::compile::CompileQueue;
@@ -21,6 +21,10 @@ pub struct TierPolicy {
     pub hot: u32,
     /// Whether the dispatcher waits for the compile thread (`--tier quick`: everything is compiled before it runs).
     pub wait: bool,
+    /// Whether hot loops become regions.
+    pub regions: bool,
+    /// Whether that is done as soon as a loop is seen (`--tier opt`).
+    pub regions_at_once: bool,
 }
 
 /// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
@@ -50,6 +54,8 @@ pub struct Jit {
     pub alone: bool,
     /// The slot that host code just left by, to be linked.
     pub link_from: Option<(TbId, u16)>,
+    /// The RIP at which the budget ran out in host code.
+    pub sampled: Option<u64>,
     /// Host code just left for want of a jump-cache entry.
     pub fill_jump_cache: bool,
     /// Serial number of the last block made.
@@ -70,7 +76,7 @@ impl Jit {
         let code = if wanted { CodeMemory::new(CodeMemory::DEFAULT_CAPACITY).ok() } else { None };
         let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
         let wait = tier != Tier::Auto;
-        let policy = TierPolicy { warm: if wait { 1 } else { WARM }, hot: HOT, wait };
+        let policy = TierPolicy { warm: if wait { 1 } else { WARM }, hot: HOT, wait, regions: matches!(tier, Tier::Auto | Tier::Opt), regions_at_once: tier == Tier::Opt };
         Self {
             tbs: TbStore::default(),
             passes: Passes::default(),
@@ -82,6 +88,7 @@ impl Jit {
             restart: false,
             alone: false,
             link_from: None,
+            sampled: None,
             fill_jump_cache: false,
             serial: 0,
             broadcasts: Vec::new(),
@@ -103,14 +110,17 @@ impl Jit {
         self.code.as_ref()?.tb_at(host).map(TbId)
     }
 
-    /// Where a call from host code that returns to `host_ret` was made: the block, the index of the guest instruction, and
+    /// Where a call from host code that returns to `host_ret` was made: the page offset of the guest instruction, and
     /// what its abandonment gives back to the budget (charged at the block's entry, not retired).
     #[must_use]
-    pub fn fault_site(&self, host_ret: u64) -> Option<(TbId, usize, i32)> {
-        let id = self.code_block(host_ret)?;
-        let code = self.tbs.get(id).code.as_ref()?;
+    pub fn fault_site(&self, host_ret: u64) -> Option<(u16, i32)> {
+        let tb = self.tbs.get(self.code_block(host_ret)?);
+        if let Some(site) = tb.region.as_ref().and_then(|r| r.code.site(host_ret)) {
+            return Some(site);
+        }
+        let code = tb.code.as_ref()?;
         let insn = code.insn_at(host_ret)?;
-        Some((id, insn, code.unretired(insn)))
+        Some((tb.insn_offs.get(insn).copied()?, code.unretired(insn)))
     }
 
     /// What every block did, dead ones included: by the evaluator, and by host code if that is counted.
@@ -122,8 +132,8 @@ impl Jit {
 
     /// Makes slot `slot` of block `from` lead straight to block `to`.
     pub fn link(&mut self, from: TbId, slot: u16, to: TbId) {
-        let Some(entry) = self.tbs.get(to).code.as_ref().map(|c| c.entry) else { return };
-        let source = self.tbs.get(from).code.as_ref().and_then(|c| c.slots.get(slot as usize)).copied();
+        let Some(entry) = self.tbs.get(to).entry() else { return };
+        let source = self.slot(from, slot);
         if let (Some(source), Some(code)) = (source, &mut self.code) {
             code.link(source, entry);
             self.tbs.get_mut(to).incoming.push((from, slot));
@@ -132,12 +142,22 @@ impl Jit {
 
     /// Makes slots leave to the dispatcher again.
     pub fn unlink(&mut self, slots: &[(TbId, u16)]) {
-        let Some(code) = &mut self.code else { return };
         for &(from, slot) in slots {
-            if let Some(source) = self.tbs.get(from).code.as_ref().and_then(|c| c.slots.get(slot as usize)) {
-                code.unlink(*source);
+            if let (Some(source), Some(code)) = (self.slot(from, slot), &mut self.code) {
+                code.unlink(source);
             }
         }
+    }
+
+    /// Slot `slot` of block `from`: of its own code, or of the region that it is the root of.
+    #[must_use]
+    pub fn slot(&self, from: TbId, slot: u16) -> Option<SlotRef> {
+        let tb = self.tbs.get(from);
+        let (code, slot) = match slot.checked_sub(REGION_SLOTS) {
+            Some(slot) => (&tb.region.as_ref()?.code, slot),
+            None => (tb.code.as_ref()?, slot),
+        };
+        code.slots.get(usize::from(slot)).copied()
     }
 
     /// Whether the compile thread has something to install. One load.

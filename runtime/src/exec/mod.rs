@@ -2,7 +2,7 @@
 //!
 //! The pipeline: [`dispatch`] decides what runs next; [`translate`] makes a block (frontend → passes → evaluator program);
 //! [`tb`] keeps it; [`env`] is the world the evaluator sees; [`compile`] turns hot blocks into host code on a background
-//! thread; [`slow`] is where host code and evaluator come for memory that the inline probe does not reach.
+//! thread, and [`region`] chooses what becomes one function of several blocks; [`slow`] is where host code and evaluator come for memory that the inline probe does not reach.
 
 pub mod compile;
 pub mod counters;
@@ -10,6 +10,7 @@ pub mod counts;
 pub mod dispatch;
 pub mod env;
 pub mod jit;
+pub mod region;
 pub mod slow;
 pub mod tb;
 pub mod translate;

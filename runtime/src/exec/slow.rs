@@ -56,7 +56,8 @@ impl From<Trap> for Abandoned {
 
 fn perform(vcpu: &mut Vcpu, la: LinearAddr, info: MemInfo, lo: u64, hi: u64) -> Result<u64, Abandoned> {
     let (size, flags) = (info.bytes(), info.flags());
-    if flags.has(MemFlags::ALIGNED) && la.0 & u64::from(size - 1) != 0 {
+    let whole = flags.checked_bytes(size);
+    if flags.has(MemFlags::ALIGNED) && la.0 & u64::from(whole - 1) != 0 {
         return Err(Trap::from(Exception::GP0).into());
     }
     let stack = flags.has(MemFlags::STACK);
@@ -66,6 +67,9 @@ fn perform(vcpu: &mut Vcpu, la: LinearAddr, info: MemInfo, lo: u64, hi: u64) -> 
             vcpu.counters.slow_reads += 1;
             if flags.has(MemFlags::WRITE_INTENT) {
                 vcpu.resolve_write(la, size, mode, stack)?;
+            }
+            if whole == 32 {
+                vcpu.read_bytes_mode(la, &mut [0; 32], mode, stack)?;
             }
             if size == 16 {
                 let mut b = [0; 16];
@@ -78,7 +82,7 @@ fn perform(vcpu: &mut Vcpu, la: LinearAddr, info: MemInfo, lo: u64, hi: u64) -> 
         }
         AccessKind::Store => {
             vcpu.counters.slow_writes += 1;
-            guard_running_block(vcpu, la, size, mode, stack)?;
+            guard_running_block(vcpu, la, whole, mode, stack)?;
             if size == 16 {
                 let [lo, hi] = vcpu.state.mem_result;
                 let bytes = (u128::from(hi) << 64 | u128::from(lo)).to_le_bytes();

@@ -9,6 +9,8 @@ use twofold_arch::{PAGE_MASK, PhysAddr, TbFlags};
 use twofold_backend::InstalledTb;
 use twofold_ir::eval::Program;
 
+use super::region::{Region, RegionState};
+
 /// Identifies a block in the store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct TbId(pub u32);
@@ -60,6 +62,14 @@ pub struct Tb {
     pub second_page: Option<PhysAddr>,
     /// Its host code.
     pub code: Option<InstalledTb>,
+    /// The region that it is the root of.
+    pub region: Option<Box<Region>>,
+    /// Where it is on its way there.
+    pub region_state: RegionState,
+    /// Times the budget ran out where it begins.
+    pub samples: u32,
+    /// The roots of the regions that it is a member of.
+    pub in_regions: Vec<TbId>,
     /// Bytes of guest code.
     pub len: u16,
     /// Distinguishes it from others that had its id.
@@ -76,6 +86,18 @@ pub struct Tb {
 
 /// No successor known yet.
 pub const NO_SUCCESSOR: Successor = (u16::MAX, TbId(0));
+
+impl Tb {
+    /// Where its host code is entered.
+    #[inline]
+    #[must_use]
+    pub fn entry(&self) -> Option<u64> {
+        match &self.region {
+            Some(region) => Some(region.code.entry),
+            None => self.code.as_ref().map(|c| c.entry),
+        }
+    }
+}
 
 /// What led to a block that was taken out.
 #[derive(Debug, Default)]
@@ -180,6 +202,12 @@ impl TbStore {
             self.by_page.entry(p.0).or_default().push(id);
         }
         id
+    }
+
+    /// The block with this key, if there is one.
+    #[must_use]
+    pub fn peek(&self, key: TbKey) -> Option<TbId> {
+        self.by_key.get(&key).copied()
     }
 
     /// Gives block `id` host code.

@@ -95,6 +95,10 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         successors: [NO_SUCCESSOR; 2],
         insn_offs: block.insns.iter().map(|i| i.off).collect(),
         code: None,
+        region: None,
+        region_state: Default::default(),
+        samples: 0,
+        in_regions: Vec::new(),
         incoming: Vec::new(),
         cached_rips: Vec::new(),
     };
