@@ -118,7 +118,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let guest = (0..32u64).prop_map(|b| u64::from(b & 7 != 0) | (b & 1) << 1 | (b >> 3 & 1) << 2 | 1 << 2 * (b >> 4));
+    let guest = (0..32u64).prop_map(|b| u64::from(b & 7 != 0) | (b & 1) << 1 | (b >> 3 & 1) << 2 | 1 << (2 * (b >> 4)));
     let rights = (0..16u64).prop_map(|b| [7, 7, 7, 7, 7, 7, 3, 5, 1, 4, 0, 7, 7, 5, 3, 7][b as usize]);
     prop_oneof![
         4 => (0..SPACES, any::<bool>(), 0..LAS, 0..DATA_PAGES, guest)
