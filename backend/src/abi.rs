@@ -99,6 +99,11 @@ impl MemInfo {
     pub const fn bytes(self) -> u32 {
         1 << (self.0 & 7)
     }
+    /// Size of what is checked: 32 for the first half of such an access.
+    #[must_use]
+    pub const fn checked_bytes(self) -> u32 {
+        self.flags().checked_bytes(self.bytes())
+    }
     /// log2 of the size in bytes.
     #[must_use]
     pub const fn log2_bytes(self) -> u8 {

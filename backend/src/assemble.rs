@@ -346,7 +346,7 @@ impl Assembler<'_> {
         self.imm32((view + layout::VIEW_TABLE) as u32);
         // The page of the last byte, in RCX for a store (whose value is in RDX), else in RDX.
         let reg: u8 = if kind == AccessKind::Store { 1 } else { 2 };
-        let last = info.bytes() as u8 - 1;
+        let last = info.checked_bytes() as u8 - 1;
         let aligned = info.flags().has(MemFlags::ALIGNED);
         if last == 0 || aligned {
             self.emit(&[0x48, 0x89, 0xf0 | reg]);

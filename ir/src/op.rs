@@ -259,11 +259,20 @@ impl MemFlags {
     pub const WRITE_INTENT: MemFlags = MemFlags(2);
     /// An address that is not a multiple of the access size raises #GP(0) (MOVAPS and the like).
     pub const ALIGNED: MemFlags = MemFlags(4);
+    /// The first half of an access of 32 bytes: it faults as the whole would (and `ALIGNED` means a multiple of 32), so that
+    /// the second half, an access of its own, cannot.
+    pub const PAIR: MemFlags = MemFlags(8);
     /// Whether all of `f` are set.
     #[must_use]
     #[inline]
     pub const fn has(self, f: MemFlags) -> bool {
         self.0 & f.0 == f.0
+    }
+    /// Size of what is checked by an access of `bytes` bytes.
+    #[must_use]
+    #[inline]
+    pub const fn checked_bytes(self, bytes: u32) -> u32 {
+        if self.has(MemFlags::PAIR) { 2 * bytes } else { bytes }
     }
     /// Both sets of flags.
     #[must_use]

@@ -38,8 +38,12 @@ pub(crate) const VECTORS: [(Vector, &str); 19] = {
 };
 
 /// Suffixes of memory ops.
-pub(crate) const MEM_FLAGS: [(MemFlags, &str); 3] =
-    [(MemFlags::STACK, "stack"), (MemFlags::WRITE_INTENT, "write"), (MemFlags::ALIGNED, "aligned")];
+pub(crate) const MEM_FLAGS: [(MemFlags, &str); 4] = [
+    (MemFlags::STACK, "stack"),
+    (MemFlags::WRITE_INTENT, "write"),
+    (MemFlags::ALIGNED, "aligned"),
+    (MemFlags::PAIR, "pair"),
+];
 
 /// An enum's name in the text form: its Rust name in lower case.
 pub(crate) fn lower(x: impl fmt::Debug) -> String {

@@ -144,7 +144,7 @@ impl Check<'_> {
     }
 
     fn flags(&self, flags: MemFlags) -> Outcome {
-        if flags.0 < 8 { Ok(()) } else { Err(format!("unknown memory flags {:#x}", flags.0)) }
+        if flags.0 < 16 { Ok(()) } else { Err(format!("unknown memory flags {:#x}", flags.0)) }
     }
     fn loc(&self, ty: Ty, loc: u16) -> Outcome {
         let size = size_of::<twofold_arch::CpuState>();

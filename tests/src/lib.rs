@@ -1,4 +1,8 @@
-//! What the integration tests share: the native oracle for single instructions.
+//! What the integration tests share: the native oracle for single instructions, and encodings to run on it.
 
 #[cfg(target_arch = "x86_64")]
+pub mod generate;
+#[cfg(target_arch = "x86_64")]
 pub mod native;
+#[cfg(target_arch = "x86_64")]
+pub mod oracle;

@@ -575,6 +575,7 @@ impl TestEnv {
         Abandon
     }
     fn at(&mut self, flags: MemFlags, addr: u64, bytes: usize) -> Result<usize, Abandon> {
+        let bytes = flags.checked_bytes(bytes as u32) as usize;
         if flags.has(MemFlags::ALIGNED) && !addr.is_multiple_of(bytes as u64) {
             return Err(self.fault(Vector::GeneralProtection));
         }
@@ -589,6 +590,7 @@ impl TestEnv {
                 let end = self.base + self.mem.len() as u64;
                 // The first byte that is not there.
                 self.state.fault.cr2 = if (self.base..end).contains(&addr) { end } else { addr };
+                self.state.fault.has_error = 1;
                 self.state.fault.error = 4 | if flags.has(MemFlags::WRITE_INTENT) { 2 } else { 0 };
                 Err(self.fault(Vector::PageFault))
             }

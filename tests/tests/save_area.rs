@@ -6,14 +6,10 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(missing_docs)]
 
-#[path = "../src/native.rs"]
-mod native;
-mod oracle;
-
-use native::{
+use twofold_tests::native::{
     MIDDLE, Mode, Native, Outcome, Regs, Rng, SCRATCH, SCRATCH_LEN, TestEnv, reference, run_block, translate_one,
 };
-use oracle::helpers_of;
+use twofold_tests::oracle::{self, helpers_of};
 
 const KEY64: u32 = oracle::USER64.0;
 const KEY32: u32 = oracle::USER32.0;

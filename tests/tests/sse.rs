@@ -4,16 +4,12 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(missing_docs)]
 
-#[path = "../src/native.rs"]
-mod native;
-mod oracle;
-
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind as K, OpCodeTableKind,
 };
-use native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
-use oracle::{USER32, USER64, helpers, helpers_of, lanes, random_x87, run_forms};
 use twofold_arch::TbFlags;
+use twofold_tests::native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use twofold_tests::oracle::{USER32, USER64, helpers, helpers_of, lanes, random_x87, run_forms};
 
 fn wanted(code: Code) -> bool {
     use CpuidFeature::*;

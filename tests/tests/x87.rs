@@ -2,12 +2,8 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(missing_docs)]
 
-#[path = "../src/native.rs"]
-mod native;
-mod oracle;
-
-use native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
-use oracle::{USER32, USER64, float32, float64, helpers, helpers_of, run_forms};
+use twofold_tests::native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use twofold_tests::oracle::{USER32, USER64, float32, float64, helpers, helpers_of, run_forms};
 
 /// An 80-bit value: the edges of the format, or random near 1.
 fn extended(rng: &mut Rng) -> [u8; 10] {

@@ -5,8 +5,8 @@
 //! destination register, takes unaligned memory, and may be 256 bits wide: then it is two halves, each by the same op.
 
 use iced_x86::{OpKind, Register};
-use twofold_arch::{Exception, Loc, TbFlags};
-use twofold_ir::{BinOp, Helper, IntCc, MemFlags, Ty, Value, VecOp};
+use twofold_arch::{Loc, TbFlags};
+use twofold_ir::{BinOp, Helper, MemFlags, Ty, Value, VecOp};
 
 use crate::translator::{Access, Translator};
 
@@ -142,11 +142,10 @@ impl Translator<'_> {
         if !self.is_256() {
             return Wide::half(if aligned { self.load_aligned() } else { self.load_mem(Ty::V128) });
         }
-        let addr = self.address_256(aligned, Access::Read);
-        let flags = self.mem_flags();
-        let lo = self.b.load(Ty::V128, flags, addr);
+        let (addr, first) = self.address_256(aligned, Access::Read);
+        let lo = self.b.load(Ty::V128, first, addr);
         let second = self.displaced(addr, 16);
-        let hi = self.b.load(Ty::V128, flags, second);
+        let hi = self.b.load(Ty::V128, self.mem_flags(), second);
         Wide::full(lo, hi)
     }
     /// Stores to the memory operand.
@@ -154,27 +153,19 @@ impl Translator<'_> {
         let Some(hi) = v.hi else {
             return if aligned { self.store_aligned(v.lo) } else { self.store_mem(v.lo) };
         };
-        let addr = self.address_256(aligned, Access::Write);
-        let flags = self.mem_flags();
-        if !aligned {
-            // So that nothing is written when the second of two pages faults.
-            let last = self.displaced(addr, 31);
-            self.b.load(Ty::I8, flags.or(MemFlags::WRITE_INTENT), last);
-        }
-        self.b.store(flags, addr, v.lo);
+        let (addr, first) = self.address_256(aligned, Access::Write);
+        self.b.store(first, addr, v.lo);
         let second = self.displaced(addr, 16);
-        self.b.store(flags, second, hi);
+        self.b.store(self.mem_flags(), second, hi);
     }
-    /// The address of a 32-byte memory operand.
-    fn address_256(&mut self, aligned: bool, access: Access) -> Value {
-        if !aligned {
-            return self.mem_addr(32, access);
+    /// The address of a 32-byte memory operand, and the flags of the access to its first half.
+    fn address_256(&mut self, aligned: bool, access: Access) -> (Value, MemFlags) {
+        let flags = self.mem_flags().or(MemFlags::PAIR);
+        if aligned {
+            (self.mem_addr_unaligned(32, access), flags.or(MemFlags::ALIGNED))
+        } else {
+            (self.mem_addr(32, access), flags)
         }
-        let addr = self.mem_addr_unaligned(32, access);
-        let low = self.b.bin_imm(BinOp::And, addr, 31);
-        let bad = self.b.cmp_imm(IntCc::Ne, low, 0);
-        self.raise_if(bad, Exception::GP0);
-        addr
     }
     /// A linear address further on, in an operand that has been checked whole.
     pub(crate) fn displaced(&mut self, addr: Value, by: u64) -> Value {

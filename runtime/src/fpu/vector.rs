@@ -5,7 +5,6 @@
 //! goes on from there (SDM Vol 2, "VGATHERDPS/VGATHERDPD").
 
 use twofold_arch::vector_op::{Gather, MaskedMove};
-use twofold_arch::CpuState;
 
 use super::{Guest, Helped, SS, is64};
 use crate::cpu::segments::seg_addr;
@@ -57,7 +56,8 @@ pub fn masked_move(v: &mut impl Guest, ea: u64, word: u64) -> Helped {
     let mask = v.state().vec[usize::from(m.mask)];
     let data = v.state().vec[usize::from(m.data)];
     let mut out = [0; 4];
-    let at = |i: usize| truncate(ea.wrapping_add((i * bytes) as u64), m.log2_addr);
+    // The operand is one piece: its elements do not wrap at the address size.
+    let at = |i: usize| truncate(ea, m.log2_addr).wrapping_add((i * bytes) as u64);
     let on = (0..count).filter(|&i| chosen(&mask, i, m.log2_bytes));
     if !m.store {
         for i in on {
@@ -81,7 +81,7 @@ pub fn masked_move(v: &mut impl Guest, ea: u64, word: u64) -> Helped {
     Ok(0)
 }
 
-/// `Helper::Gather`.
+/// `Helper::Gather`. Of mask elements that are not done yet nothing but the top bit means anything; they stay as they are.
 ///
 /// # Errors
 /// What the accesses raise.
@@ -90,7 +90,6 @@ pub fn gather(v: &mut impl Guest, base: u64, word: u64) -> Helped {
     let (data, mask) = (usize::from(g.data), usize::from(g.mask));
     let (bytes, count) = (1usize << g.log2_bytes, g.count());
     let indexes = v.state().vec[usize::from(g.index)];
-    normalize(v.state(), mask, count, g.log2_bytes);
     for i in 0..count {
         if chosen(&v.state().vec[mask], i, g.log2_bytes) {
             let index = get(&indexes, i, g.log2_index);
@@ -109,12 +108,4 @@ pub fn gather(v: &mut impl Guest, base: u64, word: u64) -> Helped {
         set(&mut s.vec[data], i, g.log2_bytes, 0);
     }
     Ok(0)
-}
-
-/// Fills each element of the mask with its top bit.
-fn normalize(s: &mut CpuState, mask: usize, count: usize, log2: u8) {
-    for i in 0..count {
-        let on = chosen(&s.vec[mask], i, log2);
-        set(&mut s.vec[mask], i, log2, if on { u64::MAX } else { 0 });
-    }
 }

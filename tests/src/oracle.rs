@@ -1,9 +1,9 @@
 //! What the SSE and x87 oracle tests share: the runtime's floating-point helpers on a test environment, floating-point
 //! values that matter, and running a list of forms.
-#![allow(dead_code)] // Each test file uses a part.
 
 use twofold_arch::control::{cr0, cr4};
-use twofold_arch::{CpuState, TbFlags};
+use twofold_arch::segment::attr;
+use twofold_arch::{CpuState, Segment, TbFlags};
 use twofold_ir::Helper;
 use twofold_ir::eval::{Abandon, Program};
 use twofold_ir::passes::{Options, Passes};
@@ -24,6 +24,12 @@ pub const USER32: TbFlags = TbFlags(
         | 0xf << TbFlags::ZERO_BASE_SHIFT
         | TbFlags::SS32,
 );
+
+/// [`USER64`] with AVX enabled.
+pub const AVX64: TbFlags = TbFlags(USER64.0 | TbFlags::AVX);
+
+/// [`USER32`] with AVX enabled.
+pub const AVX32: TbFlags = TbFlags(USER32.0 | TbFlags::AVX);
 
 impl Guest for TestEnv {
     fn state(&mut self) -> &mut CpuState {
@@ -65,6 +71,9 @@ pub fn helpers_of<const KEY: u32>(env: &mut TestEnv, helper: Helper, a: [u64; 4]
     env.state.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
     env.state.xcr0 = 3;
     env.state.cpl = 3;
+    // Flat segments.
+    let attr = attr::P | attr::S | attr::RW | attr::DB | attr::G;
+    env.state.seg[..4].fill(Segment { base: 0, limit: u32::MAX, attr, ..Segment::default() });
     let r = match helper {
         Helper::X87 => fpu::x87(env, a[0], a[1], a[2], a[3]),
         Helper::SaveState => fpu::save_state(env, a[0], a[1]),
