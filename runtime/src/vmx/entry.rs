@@ -13,15 +13,15 @@ use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo, NO_VMCS, VmError};
 use twofold_arch::{PhysAddr, Segment};
 use twofold_mmu::FlushCause;
 
-use super::checks::{self, Failed, Outcome, View};
+use super::checks::{self, Failed, MsrArea, Outcome, View};
 use super::exit::{self, CR0_KEPT};
 use super::{Controls, msrs};
 use crate::config::DebugItem;
 use crate::cpu::{interrupt::dr6, refresh_space};
 use crate::vcpu::{Shutdown, Vcpu};
 
-/// The VMX-preemption timer counts down by one each time bit `TIMER_SHIFT` of the TSC changes.
-pub const TIMER_SHIFT: u32 = 5;
+/// The VMX-preemption timer counts down by one each time this bit of the TSC changes.
+pub const TIMER_SHIFT: u32 = super::caps::PREEMPTION_TIMER_SHIFT;
 
 const SS: usize = 2;
 
@@ -49,10 +49,10 @@ pub fn enter(v: &mut Vcpu, launch: bool) -> Result<(), VmError> {
     address_space(v);
     let (count, at) = (v.vmx.vmcs.get(Field::EntryMsrLoadCount), v.vmx.vmcs.get(Field::EntryMsrLoadAddress));
     if count != 0
-        && let Err(n) = msrs::load(v, count, at)
+        && let Err((number, detail)) = msrs::load(v, MsrArea::EntryLoad, count, at)
     {
-        note_failure(v, &Failed::msr_load(n, "it cannot be loaded".into()));
-        fail(v, ExitReason::EntryMsrLoading, n);
+        note_failure(v, &Failed::msr_load(number, detail));
+        fail(v, ExitReason::EntryMsrLoading, number);
         return Ok(());
     }
     if launch {

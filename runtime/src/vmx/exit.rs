@@ -18,6 +18,7 @@ use twofold_frontend::vmx::{Described, describe};
 use twofold_mmu::walk::{Direct, load_pdptes};
 use twofold_mmu::{FlushCause, PagingMode};
 
+use super::checks::MsrArea;
 use super::{Cause, PendingExit, msrs};
 use crate::config::DebugItem;
 use crate::cpu::{interrupt::dr6, mode, refresh_space};
@@ -274,7 +275,7 @@ fn load_msrs(v: &mut Vcpu) -> Result<(), Shutdown> {
     if count == 0 {
         return Ok(());
     }
-    match msrs::load(v, count, at) {
+    match msrs::load(v, MsrArea::ExitLoad, count, at) {
         Ok(()) => Ok(()),
         Err(_) => Err(abort(v, Abort::LoadingHostMsrs)),
     }

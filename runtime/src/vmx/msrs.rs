@@ -3,37 +3,42 @@
 use twofold_arch::msr;
 use twofold_arch::vmx::Field;
 
+use super::checks::{Detail, MsrArea, msr_entry};
 use super::{bitmap_bit, read_u64, write_phys};
 use crate::cpu::msr as file;
 use crate::vcpu::Vcpu;
 
-/// Entries of an MSR area that are looked at: what IA32_VMX_MISC recommends as the most software uses.
-const MOST: u64 = 512;
-/// SMI-handler base: never in an MSR area.
-const SMM_MONITOR_CTL: u32 = 0x9b;
-/// IA32_BIOS_UPDT_TRIG.
-const BIOS_UPDT_TRIG: u32 = 0x79;
+/// Entries of an MSR area that are looked at; more than IA32_VMX_MISC recommends.
+const MOST: u64 = 4096;
 
-/// An MSR whose bits 31:8 are those of the x2APIC's.
-fn is_x2apic(index: u32) -> bool {
-    index >> 8 == 8
+fn is_x2apic(v: &mut Vcpu) -> bool {
+    const EXTD: u64 = 1 << 10;
+    file::read(v, msr::APIC_BASE).is_ok_and(|base| base & EXTD != 0)
+}
+
+/// The number of an entry that was refused, the first being 1, and why.
+pub type Refused = (u64, Detail);
+
+fn refused(n: u64, words: &str) -> Refused {
+    (n + 1, words.into())
 }
 
 /// Loads the `count` MSRs of the area at `at`.
 ///
 /// # Errors
-/// The number of the entry that failed, the first being 1.
-pub fn load(v: &mut Vcpu, count: u64, at: u64) -> Result<(), u64> {
+/// The entry that failed.
+pub fn load(v: &mut Vcpu, area: MsrArea, count: u64, at: u64) -> Result<(), Refused> {
+    let x2apic = is_x2apic(v);
     for n in 0..count {
         let entry = at.wrapping_add(16 * n);
         let (head, value) = (read_u64(v, entry), read_u64(v, entry.wrapping_add(8)));
         let index = head as u32;
-        let bad = n >= MOST
-            || head >> 32 != 0
-            || is_x2apic(index)
-            || matches!(index, msr::FS_BASE | msr::GS_BASE | SMM_MONITOR_CTL | BIOS_UPDT_TRIG);
-        if bad || file::write(v, index, value).is_err() {
-            return Err(n + 1);
+        msr_entry(area, index, (head >> 32) as u32, x2apic).map_err(|detail| (n + 1, detail))?;
+        if n >= MOST {
+            return Err(refused(n, "the area is too long"));
+        }
+        if file::write(v, index, value).is_err() {
+            return Err((n + 1, format!("WRMSR of {value:#x} to MSR {index:#x} would fault").into()));
         }
     }
     Ok(())
@@ -42,16 +47,18 @@ pub fn load(v: &mut Vcpu, count: u64, at: u64) -> Result<(), u64> {
 /// Stores the `count` MSRs named in the area at `at`.
 ///
 /// # Errors
-/// The number of the entry that failed, the first being 1.
-pub fn store(v: &mut Vcpu, count: u64, at: u64) -> Result<(), u64> {
+/// The entry that failed.
+pub fn store(v: &mut Vcpu, count: u64, at: u64) -> Result<(), Refused> {
+    let x2apic = is_x2apic(v);
     for n in 0..count {
         let entry = at.wrapping_add(16 * n);
         let head = read_u64(v, entry);
         let index = head as u32;
-        if n >= MOST || head >> 32 != 0 || is_x2apic(index) || index == SMM_MONITOR_CTL {
-            return Err(n + 1);
+        msr_entry(MsrArea::ExitStore, index, (head >> 32) as u32, x2apic).map_err(|detail| (n + 1, detail))?;
+        if n >= MOST {
+            return Err(refused(n, "the area is too long"));
         }
-        let value = file::read(v, index).map_err(|_| n + 1)?;
+        let value = file::read(v, index).map_err(|_| refused(n, "RDMSR would fault"))?;
         write_phys(v, entry.wrapping_add(8), &value.to_le_bytes());
     }
     Ok(())
