@@ -254,6 +254,8 @@ pub struct Config {
     pub escape: bool,
     /// How code is run.
     pub tier: Tier,
+    /// Whether hot loops move up to the optimising tier; off for comparison and for bisecting.
+    pub regions: bool,
     /// What VMX transitions flush.
     pub flush_policy: FlushPolicy,
     /// The run ends after this long.
@@ -289,6 +291,7 @@ impl Default for Config {
             debugcon: Console::None,
             escape: false,
             tier: Tier::Auto,
+            regions: true,
             flush_policy: FlushPolicy::Tagged,
             timeout: None,
             on_reset: OnReset::Exit,

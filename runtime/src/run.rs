@@ -292,7 +292,9 @@ impl Machine {
             .map_err(|e| Error::Internal(format!("no memory for the TLB: {e}")))?;
         // The machinery goes round; whoever does not have it has one without host code.
         let tier = if index == 0 { config.tier } else { crate::config::Tier::Eval };
-        let jit = exec::Jit::new(tier, twofold_backend::Options::default());
+        let mut jit = exec::Jit::new(tier, twofold_backend::Options::default());
+        jit.policy.regions &= config.regions;
+        jit.policy.regions_at_once &= config.regions;
         let mut vcpu = Vcpu::new(index, self.shared.clone(), self.model.clone(), mmu, jit);
         vcpu.profile.on = config.stats.is_some();
         if config.stats.is_some() {

@@ -55,7 +55,13 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "guest_instructions": c.insns_translated,
             "guest_bytes": c.bytes_translated,
             "live_tbs": vcpu.jit.tbs.live(),
-            "compiled": { "quick": c.compiled },
+            "compiled": { "quick": c.compiled, "opt": c.regions },
+            "regions": {
+                "requested": c.region_requests,
+                "refused": c.regions_refused,
+                "dropped": c.regions_dropped,
+                "compile_seconds": seconds(c.region_ns),
+            },
             "compile_requests": c.compile_requests,
             "compile_refused": c.compile_refused,
             "compile_stale": c.compile_stale,
@@ -68,7 +74,7 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
         },
         "execution": {
             "guest_instructions": retired,
-            "by_tier": { "eval": c.retired_eval, "quick": retired.saturating_sub(c.retired_eval) },
+            "by_tier": by_tier(c, retired),
             "eval_blocks": c.eval_blocks,
             "lookups": c.lookups,
             "jump_cache_misses": c.jump_cache_misses,
@@ -115,6 +121,13 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
         "hot": hot(vcpu, symbol),
         "memory": { "peak_rss": facts.peak_rss, "guest": facts.guest_memory },
     })
+}
+
+/// Guest instructions by tier. The tiers of host code are told apart by where the budget ran out.
+fn by_tier(c: &crate::exec::Counters, retired: u64) -> Value {
+    let code = retired.saturating_sub(c.retired_eval);
+    let opt = (code as f64 * c.region_samples_inside as f64 / c.region_samples.max(1) as f64) as u64;
+    json!({ "eval": c.retired_eval, "quick": code.saturating_sub(opt), "opt": opt })
 }
 
 /// The hottest blocks, by guest instructions executed.

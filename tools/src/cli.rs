@@ -146,6 +146,9 @@ pub struct RunArgs {
     /// How code is run
     #[arg(long, value_enum, default_value = "auto", help_heading = "Execution")]
     pub tier: TierArg,
+    /// Keep hot loops out of the optimising tier, for comparison and for bisecting
+    #[arg(long, hide = true)]
+    pub no_regions: bool,
     /// What VMX transitions do to cached translations
     #[arg(long, value_enum, default_value = "tagged", help_heading = "Execution")]
     pub flush_policy: FlushArg,
@@ -249,6 +252,7 @@ impl RunArgs {
             serial: self.serial.clone(),
             debugcon: self.debugcon.clone(),
             tier: self.tier.into(),
+            regions: !self.no_regions,
             flush_policy: self.flush_policy.into(),
             timeout: self.timeout,
             on_reset: self.on_reset.into(),

@@ -94,6 +94,8 @@ pub struct Counters {
     pub compiled: u64,
     /// Times the budget ran out in host code.
     pub region_samples: u64,
+    /// Of them, where a block of a region would come next.
+    pub region_samples_inside: u64,
     /// Regions sent to the compile thread.
     pub region_requests: u64,
     /// Regions installed.

@@ -51,6 +51,7 @@ pub enum RegionState {
 /// The budget ran out where block `id` begins.
 pub fn sample(vcpu: &mut Vcpu, id: TbId) {
     vcpu.counters.region_samples += 1;
+    vcpu.counters.region_samples_inside += u64::from(!vcpu.jit.tbs.get(id).in_regions.is_empty());
     if !vcpu.jit.policy.regions {
         return;
     }
