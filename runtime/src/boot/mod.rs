@@ -30,25 +30,31 @@ use image::Format;
 /// RAM below 4 GiB ends here at the latest.
 pub const LOW_RAM_END: u64 = twofold_mmu::physmap::LOW_RAM_LIMIT;
 
-/// Where the loaders put their own data, all of it below 640 KiB or in the reserved area under 1 MiB.
+/// Where the loaders put their own data: one stretch in the upper half of conventional memory, where images linked below
+/// 1 MiB rarely lie, and the reserved area under 1 MiB. It stays clear of the last pages of conventional memory, which kernels
+/// like to take for their own trampolines.
 pub mod layout {
     #![allow(missing_docs)]
     pub const GDT: u64 = 0x500;
+    /// Below this there are the tables of real mode and our GDT.
+    pub const FIRST_FREE: u64 = 0x1000;
+    /// Our data: from here …
+    pub const START: u64 = 0x6_8000;
     /// PVH start_info or Multiboot information.
-    pub const INFO: u64 = 0x6000;
+    pub const INFO: u64 = START;
     /// Linux boot_params, one page.
-    pub const ZERO_PAGE: u64 = 0x7000;
-    /// The initial stack grows down from here.
-    pub const STACK_TOP: u64 = 0x9000;
+    pub const ZERO_PAGE: u64 = 0x6_9000;
+    /// The initial stack, one page, grows down from here.
+    pub const STACK_TOP: u64 = 0x6_b000;
     /// PML4, PDPT and four page directories: the identity map of 4 GiB.
-    pub const PAGE_TABLES: u64 = 0x9000;
-    pub const PAGE_TABLES_END: u64 = 0xf000;
+    pub const PAGE_TABLES: u64 = 0x6_b000;
+    pub const PAGE_TABLES_END: u64 = 0x7_1000;
     /// Module list and their command lines.
-    pub const MODULES: u64 = 0x1_0000;
-    pub const MODULES_END: u64 = 0x2_0000;
-    pub const COMMAND_LINE: u64 = 0x2_0000;
-    pub const COMMAND_LINE_END: u64 = 0x3_0000;
-    /// Nothing of ours lies between here and the ACPI tables.
+    pub const MODULES: u64 = 0x7_1000;
+    pub const MODULES_END: u64 = 0x8_0000;
+    pub const COMMAND_LINE: u64 = 0x8_0000;
+    pub const COMMAND_LINE_END: u64 = 0x9_0000;
+    /// … to here.
     pub const END: u64 = COMMAND_LINE_END;
     pub const ACPI: u64 = 0xe_0000;
     pub const ACPI_END: u64 = 0xf_0000;
@@ -150,6 +156,7 @@ impl Guest<'_> {
         let low = self.map.low_ram_end().0;
         let fits = match end {
             None => false,
+            Some(end) if addr >= layout::FIRST_FREE && end <= layout::START.min(low) => true,
             Some(end) if addr >= layout::END && end <= layout_hole_start().min(low) => true,
             Some(end) => {
                 (addr >= 1 << 20 && end <= low)
