@@ -219,6 +219,12 @@ impl LocalApic {
         self.base & (BASE_EN | BASE_EXTD) == BASE_EN
     }
 
+    /// Globally disabled.
+    #[must_use]
+    pub fn is_disabled(&self) -> bool {
+        self.base & BASE_EN == 0
+    }
+
     fn is_x2apic(&self) -> bool {
         self.base & (BASE_EN | BASE_EXTD) == BASE_EN | BASE_EXTD
     }

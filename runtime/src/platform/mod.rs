@@ -47,7 +47,11 @@ pub const LAPIC_BASE: u64 = 0xfee0_0000;
 /// Physical address of the I/O APIC's registers, one page.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// The device memory there is, as (first byte, length): what the physical map sends to `mmio_read` and `mmio_write`.
-pub const MMIO_REGIONS: [(PhysAddr, u64); 2] = [(PhysAddr(IOAPIC_BASE), 0x1000), (PhysAddr(LAPIC_BASE), 0x1000)];
+pub const MMIO_REGIONS: [(PhysAddr, u64); 3] = [
+    (PhysAddr(IOAPIC_BASE), 0x1000),
+    (PhysAddr(LAPIC_BASE), 0x1000),
+    (PhysAddr(debug::MEMORY_BASE), debug::MEMORY_SIZE),
+];
 
 /// Interrupt line of the real-time clock.
 const IRQ_RTC: u8 = 8;
@@ -425,6 +429,12 @@ impl Platform {
         }
     }
 
+    /// Whether IA32_APIC_BASE disables this processor's APIC.
+    #[must_use]
+    pub fn is_apic_disabled(&self, cpu: usize) -> bool {
+        self.cpus.get(cpu).is_some_and(|c| c.apic.is_disabled())
+    }
+
     /// CR8: the high four bits of the task priority.
     #[must_use]
     pub fn cr8(&self, cpu: usize) -> u64 {
@@ -449,6 +459,15 @@ impl Platform {
         }
         if pic {
             self.refresh_all();
+        }
+    }
+
+    /// Drives a line for a test; those from 16 on lead to the I/O APIC alone.
+    fn drive_line(&mut self, line: u8, level: bool) {
+        if line < 16 {
+            self.set_irq(line, level);
+        } else if self.ioapic.set_pin(line, level) {
+            self.deliver_ioapic();
         }
     }
 
@@ -535,6 +554,9 @@ impl Platform {
                 _ => return ones,
             },
             IOAPIC_BASE => u64::from(self.ioapic.mmio_read(addr.0 as u32 & 0xff0)),
+            _ if (debug::MEMORY_BASE..debug::MEMORY_BASE + debug::MEMORY_SIZE).contains(&addr.0) => {
+                return self.test.memory_read(addr.0 - debug::MEMORY_BASE, size.min(8));
+            }
             _ => return ones,
         };
         // Registers are 32 bits wide on 16-byte boundaries; a narrow read gets its part of one.
@@ -545,8 +567,10 @@ impl Platform {
     /// Writes `size` bytes of device memory as processor `cpu`.
     pub fn mmio_write(&mut self, cpu: usize, addr: PhysAddr, size: u8, value: u64) {
         self.counters.mmio += 1;
+        if (debug::MEMORY_BASE..debug::MEMORY_BASE + debug::MEMORY_SIZE).contains(&addr.0) {
+            return self.test.memory_write(addr.0 - debug::MEMORY_BASE, size.min(8), value);
+        }
         // Only aligned 32-bit writes are defined; wider ones count with their low half, narrower ones as they are.
-        let _ = size;
         if addr.0 & 15 != 0 {
             return;
         }
@@ -656,6 +680,7 @@ impl Platform {
                 value
             }
             0x80 => self.test.post,
+            debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)],
             0x92 => 0x02,
             0xe9 | 0x402 => DebugConsole::PRESENT,
             0xf4 | 0xcf8..=0xcff => 0xff,
@@ -696,6 +721,9 @@ impl Platform {
                 self.reschedule();
             }
             0x80 => self.test.post = value,
+            debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)] = value,
+            debug::FLUSH_PORT..=debug::FLUSH_PORT_LAST => {}
+            debug::LINE_PORT..=debug::LINE_PORT_LAST => self.drive_line((port - debug::LINE_PORT) as u8, value & 1 != 0),
             0x92 if value & 1 != 0 => self.request_reset(),
             0x92 | 0xcf8 | 0xcfa..=0xcff | fw_cfg::DATA_PORT => {}
             0xcf9 if value & 4 != 0 => self.request_reset(),
