@@ -12,7 +12,7 @@ use twofold_mmu::{AddressSpace, PagingMode, PdpteError};
 
 use super::Helped;
 use super::cpuid::Bit;
-use super::mode::{TR, is_64bit, is_canonical, is_long, refresh_space};
+use super::mode::{TR, is_64bit, is_canonical, is_canonical_base, is_long, refresh_space};
 use super::segments::{GP0, UD};
 use crate::vcpu::{MemAs, Trap, Vcpu};
 use crate::vmx::{self, intercept};
@@ -351,13 +351,13 @@ pub fn invpcid(v: &mut Vcpu, kind: u64, la: u64) -> Helped {
     let address = v.read(LinearAddr(la.wrapping_add(8)), 8, MemAs::Cpl)?;
     let pcid = low as u16 & 0xfff;
     let pcids = v.state.cr4 & cr4::PCIDE != 0;
-    if kind <= 1 && (low >> 12 != 0 || (!pcids && pcid != 0)) {
+    // The kinds that name no context look at the reserved bits of the descriptor all the same, not at its PCID.
+    if low >> 12 != 0 || (kind <= 1 && !pcids && pcid != 0) {
         return Err(GP0);
     }
     let what = match kind {
-        0 if is_canonical(&v.state, address) => Invpcid::Address { pcid, la: LinearAddr(address) },
+        0 if is_canonical_base(v, address) => Invpcid::Address { pcid, la: LinearAddr(address) },
         1 => Invpcid::Context { pcid },
-        2 | 3 if low != 0 => return Err(GP0),
         2 => Invpcid::AllWithGlobals,
         3 => Invpcid::All,
         _ => return Err(GP0),

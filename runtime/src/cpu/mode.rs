@@ -67,6 +67,14 @@ pub const fn is_canonical(s: &CpuState, la: u64) -> bool {
     twofold_arch::LinearAddr(la).is_canonical(canonical_width(s))
 }
 
+/// Whether a base or entry point that is loaded into a register is canonical: those are compared with the width that the
+/// processor supports, whether or not 5-level paging is on (SDM Vol 1, "Canonicality Checking").
+#[must_use]
+#[inline]
+pub fn is_canonical_base(v: &Vcpu, la: u64) -> bool {
+    twofold_arch::LinearAddr(la).is_canonical(u32::from(v.model.linear_bits()))
+}
+
 /// Mask of RIP and near offsets in the code that runs.
 #[must_use]
 #[inline]

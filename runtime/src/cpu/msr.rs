@@ -10,7 +10,7 @@ use twofold_arch::vmx::msr as vmx_msr;
 use super::Helped;
 use super::control::{edx_eax, set_edx_eax, write_efer};
 use super::cpuid::{ARCH_CAPABILITIES, Bit};
-use super::mode::is_canonical;
+use super::mode::is_canonical_base;
 use super::segments::GP0;
 use super::{ColdState, VARIABLE_MTRRS};
 use crate::config::DebugItem;
@@ -22,6 +22,9 @@ use crate::vmx::intercept;
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// IA32_MISC_ENABLE after reset: fast strings; branch trace storage and event-based sampling unavailable.
 pub const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
+/// Bits of IA32_MISC_ENABLE that keep what is written: fast strings, thermal control, Enhanced SpeedStep, MONITOR, the limit
+/// of CPUID, xTPR messages, execute disable. None of them changes anything here.
+const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 22 | 1 << 23 | 1 << 34;
 /// Microcode revision that IA32_BIOS_SIGN_ID shows.
 pub const MICROCODE_REVISION: u64 = 0x0d00_03f6;
 /// IA32_DEBUGCTL bits that are not reserved.
@@ -146,7 +149,7 @@ pub fn read(v: &mut Vcpu, number: u32) -> Helped {
 
 /// Writes an MSR; #GP(0) when there is none of that number, or the value is not one it can hold.
 pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
-    let canonical = is_canonical(&v.state, value);
+    let canonical = is_canonical_base(v, value);
     let require = |ok: bool| if ok { Ok(()) } else { Err(GP0) };
     match number {
         msr::TSC => {
@@ -187,7 +190,7 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
             require(value == 0)?;
             v.cold.mcg_status = 0;
         }
-        msr::MISC_ENABLE => v.state.msrs.misc_enable = value & (1 | 1 << 18 | 1 << 22 | 1 << 34) | 1 << 11 | 1 << 12,
+        msr::MISC_ENABLE => v.state.msrs.misc_enable = value & MISC_ENABLE_WRITABLE | 1 << 11 | 1 << 12,
         msr::DEBUGCTL => {
             require(value & !DEBUGCTL_DEFINED == 0)?;
             v.state.msrs.debugctl = value & 0b11;

@@ -15,7 +15,7 @@ use super::Helped;
 use super::cpuid::{Bit, CpuidState};
 use super::far::{merge_flags, truncate};
 use super::interrupt::dr6;
-use super::mode::{TR, iopl, is_canonical, is_protected, is_v86};
+use super::mode::{TR, iopl, is_canonical_base, is_protected, is_v86};
 use super::segments::{GP0, UD};
 use super::stack::Stack;
 use super::task::read_tss;
@@ -581,7 +581,7 @@ pub fn load_table(v: &mut Vcpu, la: u64, idt: bool, base_bytes: u64) -> Helped {
     if base_bytes == 3 {
         base &= 0xff_ffff;
     }
-    if base_bytes == 8 && !is_canonical(&v.state, base) {
+    if base_bytes == 8 && !is_canonical_base(v, base) {
         return Err(GP0);
     }
     let table = twofold_arch::state::Table { base, limit };
@@ -734,8 +734,12 @@ pub fn cpuid(v: &mut Vcpu) -> Helped {
     let s = &v.state;
     let state = CpuidState { apic_id: v.index as u32, cpus: v.cold.cpus, cr4: s.cr4, xcr0: s.xcr0 };
     let (leaf, subleaf) = (s.gpr[RAX] as u32, s.gpr[RCX] as u32);
-    let [a, b, c, d] = v.model.cpuid(leaf, subleaf, &state);
+    let [a, b, c, mut d] = v.model.cpuid(leaf, subleaf, &state);
     if leaf == 1 {
+        // A local APIC that IA32_APIC_BASE disables is as good as absent.
+        if v.platform().is_apic_disabled(v.index) {
+            d &= !(1 << 9);
+        }
         v.cold.bios_sign_id = super::msr::MICROCODE_REVISION << 32;
     }
     let g = &mut v.state.gpr;

@@ -8,7 +8,7 @@ use twofold_arch::segment::attr;
 use twofold_arch::{CpuState, Exception, LinearAddr, Segment, Vector};
 
 use super::Helped;
-use super::mode::{CS, LDTR, SS, TR, is_64bit, is_canonical, is_long, is_protected, is_v86, rip_mask};
+use super::mode::{CS, LDTR, SS, TR, is_64bit, is_canonical, is_canonical_base, is_long, is_protected, is_v86, rip_mask};
 use crate::vcpu::{MemAs, Trap, Vcpu};
 
 /// #GP with a selector as its error code.
@@ -237,7 +237,7 @@ pub(super) fn fetch_ldt(v: &mut Vcpu, selector: u16, bad: Vector, absent: Vector
     let mut seg = d.segment(selector);
     if is_long(&v.state) {
         seg.base |= fetch_upper(v, selector)?;
-        if !is_canonical(&v.state, seg.base) {
+        if !is_canonical_base(v, seg.base) {
             return Err(gp(selector));
         }
     }
@@ -272,7 +272,7 @@ pub fn ltr(v: &mut Vcpu, selector: u16) -> Result<(), Trap> {
     let mut seg = d.segment(selector);
     if long {
         seg.base |= fetch_upper(v, selector)?;
-        if !is_canonical(&v.state, seg.base) {
+        if !is_canonical_base(v, seg.base) {
             return Err(gp(selector));
         }
     }
