@@ -115,6 +115,8 @@ pub struct Vcpu {
     pub shared: Arc<Shared>,
     /// Rarely used registers.
     pub cold: ColdState,
+    /// Data breakpoints.
+    pub watch: crate::cpu::debug::Watch,
     /// VMX.
     pub vmx: VmxState,
     /// Counters of events.
@@ -156,6 +158,7 @@ impl Vcpu {
             profile: Profile::default(),
             jit,
             waker: Waker::new(),
+            watch: crate::cpu::debug::Watch::default(),
             in_turn: false,
             yields: false,
             wait_for_sipi: false,
@@ -256,6 +259,7 @@ impl Vcpu {
     /// The exception of the access.
     #[inline]
     pub fn read(&mut self, la: LinearAddr, size: u32, on_behalf: MemAs) -> Result<u64, Trap> {
+        self.watch_for(la, u64::from(size), false, on_behalf);
         let access = self.access(AccessKind::Read, on_behalf);
         self.read_access(la, size, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
     }
@@ -266,6 +270,7 @@ impl Vcpu {
     /// The exception of the access; nothing is written then.
     #[inline]
     pub fn write(&mut self, la: LinearAddr, size: u32, value: u64, on_behalf: MemAs) -> Result<(), Trap> {
+        self.watch_for(la, u64::from(size), true, on_behalf);
         let access = self.access(AccessKind::Write, on_behalf);
         self.write_access(la, size, value, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
     }
@@ -275,6 +280,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access.
     pub fn read_bytes(&mut self, la: LinearAddr, buf: &mut [u8], on_behalf: MemAs) -> Result<(), Trap> {
+        self.watch_for(la, buf.len() as u64, false, on_behalf);
         let access = self.access(AccessKind::Read, on_behalf);
         self.read_bytes_access(la, buf, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
     }
@@ -284,6 +290,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access; nothing is written then.
     pub fn write_bytes(&mut self, la: LinearAddr, data: &[u8], on_behalf: MemAs) -> Result<(), Trap> {
+        self.watch_for(la, data.len() as u64, true, on_behalf);
         let access = self.access(AccessKind::Write, on_behalf);
         self.write_bytes_access(la, data, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
     }
@@ -299,7 +306,9 @@ impl Vcpu {
         let r = self.mmu.translate(&self.space, la, access);
         self.after_fill(la, access, r.as_ref().err());
         let t = r.map_err(|f| self.trap_of(f, stack))?;
-        Ok(t.host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
+        // Data breakpoints see single accesses only.
+        let host = t.host.filter(|_| !self.watch.armed);
+        Ok(host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
     }
 
     // ---- memory, as translated code asks for it ----------------------------------------------------------------------
@@ -309,6 +318,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access.
     pub fn read_mode(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<u64, Trap> {
+        self.watch_access(la, u64::from(size), false);
         self.read_access(la, size, Access::read(mode), stack)
     }
     /// [`Vcpu::write`] by code whose data accesses use `mode`.
@@ -316,6 +326,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access; nothing is written then.
     pub fn write_mode(&mut self, la: LinearAddr, size: u32, value: u64, mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.watch_access(la, u64::from(size), true);
         self.write_access(la, size, value, Access::write(mode), stack)
     }
     /// [`Vcpu::read_bytes`] by code whose data accesses use `mode`.
@@ -323,6 +334,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access.
     pub fn read_bytes_mode(&mut self, la: LinearAddr, buf: &mut [u8], mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.watch_access(la, buf.len() as u64, false);
         self.read_bytes_access(la, buf, Access::read(mode), stack)
     }
     /// [`Vcpu::write_bytes`] by code whose data accesses use `mode`.
@@ -330,6 +342,7 @@ impl Vcpu {
     /// # Errors
     /// The exception of the access; nothing is written then.
     pub fn write_bytes_mode(&mut self, la: LinearAddr, data: &[u8], mode: MemMode, stack: bool) -> Result<(), Trap> {
+        self.watch_access(la, data.len() as u64, true);
         self.write_bytes_access(la, data, Access::write(mode), stack)
     }
 
@@ -359,6 +372,22 @@ impl Vcpu {
         let user = self.state.cpl == 3;
         let global = self.mmu.translate_fetch(&self.space, la, user).is_ok_and(|f| f.global);
         self.mmu.jump_insert(la, entry, global);
+    }
+
+    /// Data breakpoints look at an access. One that faults afterwards is forgotten with its instruction.
+    #[inline]
+    fn watch_access(&mut self, la: LinearAddr, size: u64, write: bool) {
+        if self.watch.armed {
+            crate::cpu::debug::note_access(&self.state, &mut self.watch, la, size, write);
+        }
+    }
+
+    /// [`Vcpu::watch_access`] of a helper; the processor's own accesses to its tables do not count.
+    #[inline]
+    fn watch_for(&mut self, la: LinearAddr, size: u64, write: bool, on_behalf: MemAs) {
+        if on_behalf != MemAs::System {
+            self.watch_access(la, size, write);
+        }
     }
 
     // ---- the one way to memory ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ use twofold_arch::segment::attr;
 use twofold_arch::{CpuState, Segment, Vector};
 
 use super::Helped;
-use super::mode::{CS, SS, iopl, is_64bit, is_canonical, is_long, is_protected, is_v86};
+use super::mode::{CS, SS, iopl, is_64bit, is_canonical, is_canonical_base, is_long, is_protected, is_v86};
 use super::segments::{
     Descriptor, GP0, UD, check_target_in, fetch_descriptor, fetch_upper, gp, is_null, null_segment, null_ss,
     real_segment, selector_fault,
@@ -308,7 +308,8 @@ fn drop_inner_segments(s: &mut CpuState, cpl: u32) {
         let seg = &mut s.seg[i];
         let conforming = seg.attr & (attr::CODE | attr::EC) == attr::CODE | attr::EC;
         if seg.attr & attr::UNUSABLE == 0 && !conforming && u32::from(seg.dpl()) < cpl {
-            *seg = null_segment(0);
+            // The hidden base stays: 64-bit code still addresses through those of FS and GS.
+            *seg = Segment { base: seg.base, ..null_segment(0) };
         }
     }
 }
@@ -429,6 +430,10 @@ fn iret_protected(v: &mut Vcpu, bytes: u32) -> Result<(), Trap> {
     }
     let s = &mut v.state;
     merge_flags(s, image, mask);
+    // RF holds off instruction breakpoints for the one instruction that is returned to.
+    if bytes > 2 {
+        s.rflags_sys |= image & rflags::RF;
+    }
     s.cpl = cpl;
     s.seg[CS] = cs;
     s.rip = rip;
@@ -604,9 +609,9 @@ pub fn fs_gs_base(v: &mut Vcpu, which: u64, value: u64) -> Helped {
     if which & 2 == 0 {
         return Ok(s.seg[index].base);
     }
-    if !is_canonical(s, value) {
+    if !is_canonical_base(v, value) {
         return Err(GP0);
     }
-    s.seg[index].base = value;
+    v.state.seg[index].base = value;
     Ok(0)
 }

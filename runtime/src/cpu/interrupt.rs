@@ -206,10 +206,11 @@ fn prepare(v: &mut Vcpu, event: &Event) -> Delivery {
             v.counters.exceptions[usize::from(vector & 31)] += 1;
             match e.vector {
                 Vector::PageFault => v.state.cr2 = e.cr2,
+                // What is not a breakpoint's bit stays until software clears it.
                 // DR7.GD is cleared before the handler runs, so that it may look at the debug registers.
                 Vector::Debug if e.cr2 != 0 => {
                     let s = &mut v.state;
-                    s.dr[6] = s.dr[6] & !(dr6::BD | dr6::BS | dr6::BT | 0xf) | e.cr2 | dr6::FIXED1;
+                    s.dr[6] = s.dr[6] & !0xf | e.cr2 | dr6::FIXED1;
                     s.dr[7] &= !(1 << 13);
                 }
                 _ => {}
@@ -320,6 +321,9 @@ pub fn soft_int(v: &mut Vcpu, vector: u8, next_rip: u64, kind: u64) -> Helped {
     match result {
         Ok(()) => {
             v.counters.soft_interrupts += 1;
+            if icebp {
+                v.watch.forget();
+            }
             v.state.shadow = 0;
             v.vmx.vectoring = None;
             Ok(0)

@@ -7,6 +7,7 @@
 
 pub mod control;
 pub mod cpuid;
+pub mod debug;
 pub mod far;
 pub mod interrupt;
 pub mod mode;

@@ -19,7 +19,7 @@ use super::compile::Heat;
 use super::counters::Phase;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, DebugItem, StopReason};
-use crate::cpu::{interrupt, mode};
+use crate::cpu::{debug, interrupt, mode};
 use crate::fpu::mxcsr;
 use crate::platform::{Outcome, signal};
 use crate::vcpu::{Shutdown, Trap, Vcpu};
@@ -64,6 +64,8 @@ enum Next {
     Trap(Trap),
     /// The instruction at `state.rip` runs again on its own.
     Restart,
+    /// The instruction at `state.rip`, which was to run on its own, did not: something wants attention first.
+    NotRun,
 }
 
 /// Runs `vcpu` until something ends the run.
@@ -220,14 +222,60 @@ fn sleep(vcpu: &mut Vcpu, control: &Control) -> Result<(), RunEnd> {
     Ok(())
 }
 
+/// What an instruction that runs on its own may owe a debug exception for.
+struct Step {
+    /// It began with RFLAGS.TF set.
+    single: bool,
+    /// It began under RFLAGS.RF.
+    resume: u64,
+    /// Software interrupts so far: one clears TF before a step could be reported.
+    interrupts: u64,
+}
+
+impl Step {
+    /// RFLAGS.RF holds for one instruction.
+    fn begin(vcpu: &mut Vcpu, watching: bool) -> Self {
+        let flags = vcpu.state.rflags_sys;
+        vcpu.state.rflags_sys = flags & !rflags::RF;
+        vcpu.watch.armed = watching;
+        let interrupts = vcpu.counters.soft_interrupts;
+        Self { single: flags & rflags::TF != 0, resume: flags & rflags::RF, interrupts }
+    }
+
+    /// The instruction did not run.
+    fn undo(&self, vcpu: &mut Vcpu) {
+        vcpu.watch.armed = false;
+        vcpu.state.rflags_sys |= self.resume;
+        vcpu.state.shadow = vcpu.vmx.shadow;
+    }
+
+    /// The instruction is done: its debug traps, which a load of SS puts off (data) or loses (single step).
+    fn end(&self, vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+        let blocked = vcpu.state.shadow & 2 != 0;
+        let interrupted = vcpu.counters.soft_interrupts != self.interrupts;
+        let mut bits = vcpu.watch.take(blocked);
+        if self.single && !blocked && !interrupted {
+            bits |= interrupt::dr6::BS;
+        }
+        if bits == 0 { Ok(()) } else { interrupt::debug_trap(vcpu, bits) }
+    }
+}
+
 /// Runs blocks from `state.rip` until the key or the event state may have changed.
 fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     if vcpu.debug.has(DebugItem::Tlb) {
         trace_tlb(vcpu);
     }
-    let single_step = vcpu.state.rflags_sys & rflags::TF != 0;
+    let watching = debug::any_enabled(&vcpu.state);
+    if watching && !vcpu.jit.restart {
+        let hits = debug::instruction_hits(&vcpu.state);
+        if hits != 0 {
+            return interrupt::debug_trap(vcpu, hits);
+        }
+    }
+    let step = Step::begin(vcpu, watching);
     let trap_flag = vmx::monitor_trap_flag(vcpu);
-    let alone = single_step || vcpu.state.shadow != 0 || vcpu.jit.restart || trap_flag;
+    let alone = step.single || watching || vcpu.state.shadow != 0 || vcpu.jit.restart || trap_flag;
     vcpu.vmx.shadow = vcpu.state.shadow;
     vcpu.vmx.iret_unblocked = false;
     vcpu.state.shadow = 0;
@@ -245,13 +293,21 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
         vcpu.jit.tbs.quiescent();
     }
     match next {
-        Next::Trap(trap) => interrupt::deliver_trap(vcpu, trap)?,
+        Next::Trap(trap) => {
+            vcpu.watch = debug::Watch::default();
+            interrupt::deliver_trap(vcpu, trap)?;
+        }
         Next::Restart => {
             vcpu.jit.restart = true;
+            step.undo(vcpu);
             return Ok(());
         }
-        _ if single_step && vcpu.vmx.transitions == world => interrupt::single_step(vcpu)?,
-        _ => {}
+        Next::NotRun => {
+            step.undo(vcpu);
+            return Ok(());
+        }
+        _ if alone && vcpu.vmx.transitions == world => step.end(vcpu)?,
+        _ => vcpu.watch = debug::Watch::default(),
     }
     if trap_flag && vcpu.vmx.transitions == world {
         vcpu.vmx.mtf_pending = true;
@@ -273,7 +329,7 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         if vcpu.state.budget < n || vcpu.state.attention.load(Ordering::Relaxed) < 0 {
             let off = vcpu.jit.tbs.get(id).key.pa.page_offset();
             set_rip(vcpu, off as i32);
-            return Next::Events;
+            return if vcpu.jit.alone { Next::NotRun } else { Next::Events };
         }
         if vcpu.jit.compile_ready() {
             super::compile::install_ready(vcpu);

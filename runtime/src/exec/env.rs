@@ -22,18 +22,23 @@ pub struct Env {
     mode: usize,
     /// Host address of the softmmu table, read again after every slow path.
     flags: TbFlags,
+    /// Data breakpoints are armed: every access goes the slow way, where they look.
+    watched: bool,
 }
 
 impl Env {
     /// The environment of `vcpu`, for blocks of its current `tb_flags`. The caller does not touch `vcpu` while it lives.
     pub fn new(vcpu: &mut Vcpu) -> Self {
         let flags = TbFlags(vcpu.state.tb_flags);
-        Self { state: &raw mut *vcpu.state, vcpu, mode: flags.mem_mode() as usize, flags }
+        Self { state: &raw mut *vcpu.state, vcpu, mode: flags.mem_mode() as usize, flags, watched: vcpu.watch.armed }
     }
 
     /// The host address of `size` bytes at `la`, if the TLB has them.
     #[inline(always)]
     fn probe(&self, la: u64, size: u64, write: bool) -> Option<*mut u8> {
+        if self.watched {
+            return None;
+        }
         // SAFETY: the view is of this vCPU's current context: `mask` keeps the entry inside the table.
         unsafe {
             let view = &(*self.state).tlb[self.mode];

@@ -1,0 +1,140 @@
+//! The debug registers at work: breakpoints on instructions and on data.
+//!
+//! Place in the pipeline: while DR7 enables a breakpoint the dispatcher runs one instruction at a time in the evaluator, asks
+//! [`instruction_hits`] before it, and takes what the accesses of [`note_access`] gathered after it. Invariant: with no
+//! breakpoint enabled nothing here runs (SDM Vol 3B, "Debug Registers"). Breakpoints on I/O ports are not there.
+
+use twofold_arch::control::rflags;
+use twofold_arch::{CpuState, LinearAddr};
+
+use super::mode::{CS, is_64bit};
+
+/// DR7: any of the local and global enables.
+const ENABLES: u64 = 0xff;
+
+/// What a breakpoint waits for (the R/W fields of DR7).
+const EXECUTE: u64 = 0;
+const WRITE: u64 = 1;
+const READ_WRITE: u64 = 3;
+
+/// Data breakpoints of one processor between their match and their delivery.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Watch {
+    /// A breakpoint is enabled, and an instruction runs: accesses are looked at.
+    pub armed: bool,
+    /// Bits of DR6 that the accesses of the running instruction matched.
+    hits: u64,
+    /// The same of a MOV to SS or POP SS, which puts them off until after the next instruction.
+    held: u64,
+}
+
+impl Watch {
+    /// INT1 is a debug exception itself: what waited for the instruction's end is reported with it.
+    pub fn forget(&mut self) {
+        (self.hits, self.held) = (0, 0);
+    }
+
+    /// What the instruction that ended has to report. `put_off`: it loaded SS.
+    pub fn take(&mut self, put_off: bool) -> u64 {
+        self.armed = false;
+        let hits = std::mem::take(&mut self.hits);
+        if put_off {
+            self.held |= hits;
+            return 0;
+        }
+        hits | std::mem::take(&mut self.held)
+    }
+}
+
+/// Whether DR7 enables any breakpoint.
+#[must_use]
+#[inline]
+pub const fn any_enabled(s: &CpuState) -> bool {
+    s.dr[7] & ENABLES != 0
+}
+
+/// The enabled breakpoints: number, R/W field, length in bytes.
+fn enabled(s: &CpuState) -> impl Iterator<Item = (usize, u64, u64)> {
+    let dr7 = s.dr[7];
+    (0..4).filter(move |n| dr7 >> (2 * n) & 3 != 0).map(move |n| {
+        let field = dr7 >> (16 + 4 * n);
+        let len = [1, 2, 8, 4][(field >> 2 & 3) as usize];
+        (n, field & 3, len)
+    })
+}
+
+/// The bits of DR6 for instruction breakpoints at `state.rip`; none under RFLAGS.RF or right after a load of SS.
+#[must_use]
+pub fn instruction_hits(s: &CpuState) -> u64 {
+    if s.rflags_sys & rflags::RF != 0 || s.shadow & 2 != 0 {
+        return 0;
+    }
+    let la = if is_64bit(s) { s.rip } else { s.rip.wrapping_add(s.seg[CS].base) & 0xffff_ffff };
+    enabled(s).filter(|(n, what, _)| *what == EXECUTE && s.dr[*n] == la).fold(0, |bits, (n, ..)| bits | 1 << n)
+}
+
+/// Compares an access of `size` bytes with the data breakpoints.
+#[cold]
+pub fn note_access(s: &CpuState, watch: &mut Watch, la: LinearAddr, size: u64, write: bool) {
+    for (n, what, len) in enabled(s) {
+        if !(what == READ_WRITE || (what == WRITE && write)) {
+            continue;
+        }
+        let start = s.dr[n] & !(len - 1);
+        // Either begins inside the other.
+        if la.0.wrapping_sub(start) < len || start.wrapping_sub(la.0) < size {
+            watch.hits |= 1 << n;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(dr7: u64, dr1: u64) -> Box<CpuState> {
+        let mut s = Box::<CpuState>::default();
+        s.dr[1] = dr1;
+        s.dr[7] = dr7;
+        s
+    }
+
+    #[test]
+    fn a_watchpoint_matches_any_byte_in_common() {
+        // DR1, global, four bytes, writes.
+        let s = state(0x00d0_0408, 0x1002);
+        let hit = |la: u64, size: u64, write: bool| {
+            let mut w = Watch::default();
+            note_access(&s, &mut w, LinearAddr(la), size, write);
+            w.take(false)
+        };
+        assert_eq!(hit(0x1000, 4, true), 2, "the address is aligned down to the length");
+        assert_eq!(hit(0x1003, 1, true), 2);
+        assert_eq!(hit(0xffd, 4, true), 2);
+        assert_eq!(hit(0xff8, 8, true), 0);
+        assert_eq!(hit(0x1004, 4, true), 0);
+        assert_eq!(hit(0x1000, 4, false), 0);
+    }
+
+    #[test]
+    fn a_load_of_ss_puts_a_match_off_by_one_instruction() {
+        let s = state(0x00f0_0408, 0x1000);
+        let mut w = Watch::default();
+        note_access(&s, &mut w, LinearAddr(0x1000), 2, false);
+        assert_eq!(w.take(true), 0);
+        assert_eq!(w.take(false), 2);
+        assert_eq!(w.take(false), 0);
+    }
+
+    #[test]
+    fn instruction_breakpoints_respect_rf_and_the_shadow_of_ss() {
+        let mut s = state(0x0000_0404, 0x1234);
+        s.rip = 0x1234;
+        assert_eq!(instruction_hits(&s), 2);
+        s.rflags_sys |= rflags::RF;
+        assert_eq!(instruction_hits(&s), 0);
+        s.rflags_sys = 0;
+        s.shadow = 2;
+        assert_eq!(instruction_hits(&s), 0);
+    }
+}
