@@ -209,7 +209,7 @@ struct Shared {
     flat_ss: u64,
     ss: u64,
     ds: u64,
-    /// Whether the host has AVX.
+    /// 0: the host has no AVX; 1: it has; 2: and all high halves are 0.
     avx: u64,
     trap: u64,
     error: u64,
@@ -289,8 +289,11 @@ unsafe extern "C" fn run_native(regs: *mut Regs) {
         "mov [rip + {s}], rsp",
         "mov [rip + {s} + 8], rdi",
         "fxrstor64 [rdi]",
-        "cmp qword ptr [rip + {s} + 72], 0",
-        "je 2f",
+        "cmp qword ptr [rip + {s} + 72], 1",
+        "jb 2f",
+        // All 0: the host has to know that the component is unused.
+        "vzeroupper",
+        "ja 2f",
         "vinsertf128 ymm0, ymm0, [rdi + 656], 1",
         "vinsertf128 ymm1, ymm1, [rdi + 672], 1",
         "vinsertf128 ymm2, ymm2, [rdi + 688], 1",
@@ -470,7 +473,8 @@ impl Native {
             core::ptr::copy_nonoverlapping(mem.as_ptr(), SCRATCH as *mut u8, SCRATCH_LEN);
             let shared = &raw mut SHARED;
             (*shared).signal = 0;
-            (*shared).avx = u64::from(std::arch::is_x86_feature_detected!("avx"));
+            let avx = std::arch::is_x86_feature_detected!("avx");
+            (*shared).avx = u64::from(avx) << u32::from(regs.high == [0; 16]);
             run_native(regs);
             let fault = Raised::new((*shared).trap as u8, (*shared).error as u32, (*shared).cr2);
             regs.raised = (!matches!((*shared).signal, 0 | 0x100)).then_some(fault);

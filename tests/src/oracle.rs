@@ -69,7 +69,7 @@ pub fn helpers_of<const KEY: u32>(env: &mut TestEnv, helper: Helper, a: [u64; 4]
     env.state.tb_flags = KEY;
     env.state.cr0 = cr0::PE | cr0::NE | cr0::PG;
     env.state.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
-    env.state.xcr0 = 3;
+    env.state.xcr0 = if TbFlags(KEY).has(TbFlags::AVX) { 7 } else { 3 };
     env.state.cpl = 3;
     // Flat segments.
     let attr = attr::P | attr::S | attr::RW | attr::DB | attr::G;

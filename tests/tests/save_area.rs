@@ -11,8 +11,8 @@ use twofold_tests::native::{
 };
 use twofold_tests::oracle::{self, helpers_of};
 
-const KEY64: u32 = oracle::USER64.0;
-const KEY32: u32 = oracle::USER32.0;
+const KEY64: u32 = oracle::AVX64.0;
+const KEY32: u32 = oracle::AVX32.0;
 
 /// A kind of image, for what is not compared.
 #[derive(Clone, Copy, PartialEq)]
@@ -72,11 +72,13 @@ fn randomize(r: &mut Regs, rng: &mut Rng) {
     for i in 0..16 {
         r.set_xmm(i, u128::from(rng.next() | 1) << 64 | u128::from(rng.value()));
     }
+    let avx = rng.below(4) != 0;
+    r.high = core::array::from_fn(|_| if avx { u128::from(rng.next()) << 40 } else { 0 });
     r.set_ftw(rng.next() as u8);
     r.set_fcw(0x37f & !(rng.next() as u16 & 0x300));
     r.set_fsw(rng.next() as u16 & 0x7f7f);
     r.set_mxcsr(0x1f80 | rng.next() as u32 & 0xffff);
-    r.gpr[0] = rng.below(4);
+    r.gpr[0] = rng.below(8);
     r.gpr[2] = 0;
     r.gpr[3] = MIDDLE + if rng.below(16) == 0 { 16 * rng.below(4) + rng.below(16) } else { 0 };
 }
@@ -94,15 +96,15 @@ fn random_image(mem: &mut [u8], rng: &mut Rng, env: bool) {
     }
     let reserved = if rng.below(8) == 0 { 1 << (18 + rng.below(8)) } else { 0 };
     mem[at + 24..at + 28].copy_from_slice(&(rng.next() as u32 & 0xffff | reserved).to_le_bytes());
-    let (mut bv, mut comp) = (rng.below(4), 0);
+    let (mut bv, mut comp) = (rng.below(8), 0);
     if rng.below(3) == 0 {
-        comp = 1 << 63 | rng.below(4);
+        comp = 1 << 63 | rng.below(8);
         bv &= comp;
     }
     match rng.below(12) {
         0 => bv |= 1 << 40,
         1 => comp |= 1 << (20 + rng.below(30)),
-        2 => bv = rng.below(4),
+        2 => bv = rng.below(8),
         _ => {}
     }
     let header = at + 512;
@@ -172,6 +174,9 @@ fn run(case: &Case, mode: Mode, key: u32, times: usize) -> Result<usize, String>
         }
         if let Some(n) = (0..registers).find(|&n| a.xmm(n) != b.xmm(n)) {
             return fail(format!("xmm{n} {:x} on the host, {:x} here", a.xmm(n), b.xmm(n)));
+        }
+        if let Some(n) = (0..registers).find(|&n| a.high[n] != b.high[n]) {
+            return fail(format!("ymm{n}'s high half {:x} on the host, {:x} here", a.high[n], b.high[n]));
         }
         done += usize::from(host == Outcome::Done);
     }

@@ -252,8 +252,10 @@ pub fn xgetbv(v: &mut Vcpu) -> Helped {
     }
     match s.gpr[1] as u32 {
         0 => Ok(s.xcr0),
-        // Nothing tracks which components hold initial values, so all that are enabled count as in use.
-        1 if v.model.has(Bit::Xgetbv1) => Ok(s.xcr0),
+        1 if v.model.has(Bit::Xgetbv1) => {
+            let mxcsr = if s.mxcsr != twofold_arch::fpu::mxcsr::INIT { xcr0::SSE } else { 0 };
+            Ok(s.xcr0 & (crate::fpu::area::in_use(s) | mxcsr))
+        }
         _ => Err(GP0),
     }
     .inspect(|value| set_edx_eax(v, *value))

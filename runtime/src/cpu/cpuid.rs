@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 
+use twofold_arch::control::xcr0;
 use twofold_arch::cpuid::{Feature, Features};
 
 use crate::vmx::caps::{self, Caps, RowSet};
@@ -82,6 +83,7 @@ cpuid_bits! {
     Monitor "monitor" 1 0 C 3 [Monitor];
     Vmx "vmx" 1 0 C 5 [Vmx] max;
     Ssse3 "ssse3" 1 0 C 9 [Ssse3] max;
+    Fma "fma" 1 0 C 12 [Fma] max;
     Cx16 "cx16" 1 0 C 13 [Cx16] max;
     Pcid "pcid" 1 0 C 17 max;
     Sse41 "sse4.1" 1 0 C 19 [Sse41] max;
@@ -92,12 +94,15 @@ cpuid_bits! {
     TscDeadline "tsc-deadline" 1 0 C 24 max;
     Aes "aes" 1 0 C 25 [Aes] max;
     Xsave "xsave" 1 0 C 26 [Xsave] max;
+    Avx "avx" 1 0 C 28 [Avx] max;
+    F16c "f16c" 1 0 C 29 [F16c] max;
     Rdrand "rdrand" 1 0 C 30 [Rdrand] max;
     Hypervisor "hypervisor" 1 0 C 31 max;
     Arat "arat" 6 0 A 2 max;
     Fsgsbase "fsgsbase" 7 0 B 0 [Fsgsbase] max;
     TscAdjust "tsc-adjust" 7 0 B 1 max;
     Bmi1 "bmi1" 7 0 B 3 [Bmi1] max;
+    Avx2 "avx2" 7 0 B 5 [Avx2] max;
     FdpExcptnOnly "fdp-excptn-only" 7 0 B 6;
     Smep "smep" 7 0 B 7 [Smep] max;
     Bmi2 "bmi2" 7 0 B 8 [Bmi2] max;
@@ -112,6 +117,9 @@ cpuid_bits! {
     Sha "sha" 7 0 B 29 [Sha] max;
     Umip "umip" 7 0 C 2 [Umip] max;
     Pku "pku" 7 0 C 3 [Pku] max;
+    Gfni "gfni" 7 0 C 8 [Gfni] max;
+    Vaes "vaes" 7 0 C 9 [Vaes] max;
+    Vpclmulqdq "vpclmulqdq" 7 0 C 10 [Vpclmulqdq] max;
     La57 "la57" 7 0 C 16 max;
     Rdpid "rdpid" 7 0 C 22 [Rdpid] max;
     Movdiri "movdiri" 7 0 C 27 [Movdiri] max;
@@ -139,6 +147,10 @@ cpuid_bits! {
 
 const _: () = assert!(ROWS.len() <= 128);
 
+/// Bytes of a save area before the extended components.
+const AREA: usize = crate::fpu::area::EXTENDED;
+/// Bytes of the AVX component.
+const AVX_AREA: usize = 256;
 /// Highest basic leaf.
 const MAX_LEAF: u32 = 0x1f;
 /// Highest extended leaf.
@@ -289,6 +301,16 @@ impl CpuModel {
             (Aes, Sse2),
             (Pclmulqdq, Sse2),
             (Sha, Sse2),
+            (Gfni, Sse2),
+            (Avx, Xsave),
+            (Avx, Sse42),
+            (Avx2, Avx),
+            (Fma, Avx),
+            (F16c, Avx),
+            (Vaes, Avx),
+            (Vaes, Aes),
+            (Vpclmulqdq, Avx),
+            (Vpclmulqdq, Pclmulqdq),
             (Xsaveopt, Xsave),
             (Xsavec, Xsave),
             (Xgetbv1, Xsave),
@@ -482,7 +504,11 @@ impl CpuModel {
     /// The XCR0 bits that may be set.
     #[must_use]
     pub const fn xcr0_mask(&self) -> u64 {
-        if self.has(Bit::Xsave) { 0b11 } else { 0 }
+        match (self.has(Bit::Xsave), self.has(Bit::Avx)) {
+            (false, _) => 0,
+            (true, false) => 0b11,
+            (true, true) => 0b111,
+        }
     }
 
     /// CPUID: EAX, EBX, ECX, EDX of a leaf (SDM Vol 2A, "CPUID—CPU Identification").
@@ -528,7 +554,7 @@ impl CpuModel {
             4 => self.cache_leaf(subleaf, ids),
             7 if subleaf == 0 => [2, 0, if state.cr4 & cr4::PKE != 0 { 1 << 4 } else { 0 }, 0],
             0xb | 0x1f => topology_leaf(subleaf, state.apic_id, cpus),
-            0xd => self.xsave_leaf(subleaf),
+            0xd => self.xsave_leaf(subleaf, state.xcr0),
             0x15 => [TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR, CRYSTAL_HZ, 0],
             0x16 => [BASE_MHZ, BASE_MHZ, (CRYSTAL_HZ / 1_000_000).max(1), 0],
             0x4000_0000 => {
@@ -567,15 +593,16 @@ impl CpuModel {
         [eax, (ways - 1) << 22 | 63, sets - 1, 0]
     }
 
-    fn xsave_leaf(&self, subleaf: u32) -> [u32; 4] {
-        // The legacy region and the header: x87 and SSE need no more, whatever XCR0 enables.
-        const SIZE: u32 = 512 + 64;
+    fn xsave_leaf(&self, subleaf: u32, enabled: u64) -> [u32; 4] {
         if !self.has(Bit::Xsave) {
             return [0; 4];
         }
+        // The legacy region and the header, then the AVX component: standard and compacted form are the same.
+        let size = |components: u64| (AREA + if components & xcr0::AVX != 0 { AVX_AREA } else { 0 }) as u32;
         match subleaf {
-            0 => [self.xcr0_mask() as u32, SIZE, SIZE, 0],
-            1 if self.has(Bit::Xsavec) => [0, SIZE, 0, 0],
+            0 => [self.xcr0_mask() as u32, size(enabled), size(self.xcr0_mask()), 0],
+            1 if self.has(Bit::Xsavec) => [0, size(enabled), 0, 0],
+            2 if self.has(Bit::Avx) => [AVX_AREA as u32, AREA as u32, 0, 0],
             _ => [0; 4],
         }
     }
@@ -622,7 +649,7 @@ mod tests {
         // CPUID.15H: crystal × numerator / denominator is the TSC's frequency.
         let [den, num, hz, _] = m.cpuid(0x15, 0, &state(1));
         assert_eq!(u64::from(hz) * u64::from(num) / u64::from(den), crate::platform::clock::TSC_HZ);
-        assert!(m.features.has(Feature::Cx16) && !m.features.has(Feature::Avx) && m.features.has(Feature::Vmx));
+        assert!(m.features.has(Feature::Cx16) && m.features.has(Feature::Avx2) && m.features.has(Feature::Vmx));
     }
 
     #[test]
@@ -641,7 +668,32 @@ mod tests {
     fn turning_a_feature_off_turns_off_what_needs_it() {
         let m = CpuModel::parse("max,-xsave").unwrap();
         assert!(!m.features.has(Feature::Xsaves));
+        assert!(!m.features.has(Feature::Avx) && !m.features.has(Feature::Fma));
         assert_eq!(m.cpuid(0xd, 0, &state(1)), [0; 4]);
+        let m = CpuModel::parse("max,-avx").unwrap();
+        assert!(!m.features.has(Feature::Avx2) && !m.features.has(Feature::Vaes) && m.features.has(Feature::Aes));
+        assert_eq!(m.cpuid(0xd, 0, &state(1)), [3, 576, 576, 0]);
+        assert_eq!(m.cpuid(0xd, 2, &state(1)), [0; 4]);
+    }
+
+    #[test]
+    fn save_area_grows_with_xcr0() {
+        let m = CpuModel::max();
+        assert_eq!(m.cpuid(0xd, 0, &state(1)), [7, 576, 832, 0]);
+        let s = CpuidState { xcr0: 7, ..state(1) };
+        assert_eq!(m.cpuid(0xd, 0, &s), [7, 832, 832, 0]);
+        assert_eq!(m.cpuid(0xd, 1, &s)[1], 832);
+        assert_eq!(m.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
+    }
+
+    /// What compilers call x86-64-v3.
+    #[test]
+    fn max_is_x86_64_v3() {
+        use Feature::*;
+        let m = CpuModel::max();
+        for f in [Avx, Avx2, Bmi1, Bmi2, F16c, Fma, Lzcnt, Movbe, Xsave, Cx16, LahfLm, Popcnt, Sse42, Ssse3] {
+            assert!(m.features.has(f), "{f:?}");
+        }
     }
 
     #[test]
