@@ -52,12 +52,12 @@ impl RegionCompiler {
         Ok(Self { options, isa, context, control, buffers })
     }
 
-    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` their code adds
-    /// one to those entries of the table at `CpuState::exec_counts`.
+    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` the code of each
+    /// adds one to those entries of the table at `CpuState::exec_counts`.
     ///
     /// # Errors
     /// See [`CompileError`]; the blocks then keep the code they have.
-    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[u32]>) -> Result<CompiledTb, CompileError> {
+    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[Vec<u32>]>) -> Result<CompiledTb, CompileError> {
         let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(blocks, counters)));
         result.unwrap_or_else(|payload| {
             // What a panic left behind is not to be trusted.
@@ -80,7 +80,7 @@ impl RegionCompiler {
         Ok(self.context.func.display().to_string())
     }
 
-    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[u32]>) -> Result<CompiledTb, CompileError> {
+    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[Vec<u32>]>) -> Result<CompiledTb, CompileError> {
         self.context.clear();
         let lowered = lower_region(&mut self.context.func, blocks, counters, &mut self.buffers)?;
         if self.options.verify {

@@ -10,6 +10,7 @@
 
 mod mem;
 mod slots;
+mod windows;
 
 use std::collections::HashMap;
 
@@ -25,6 +26,7 @@ use crate::compiler::CompileError;
 use crate::layout;
 use crate::thunk::Thunk;
 use slots::Slots;
+use windows::Role;
 
 /// What a region's lowering leaves beside the function.
 #[derive(Debug, Default)]
@@ -145,16 +147,19 @@ struct RegionLowering<'a> {
     dirty: u64,
     /// The block that is being lowered.
     at: usize,
+    /// What each op of the block has to do with windows, and the addend of each window, 0 where it is none.
+    roles: Vec<Role>,
+    windows: HashMap<usize, Clif>,
     /// Flags of accesses to guest memory and to the softmmu tables.
     guest: MemFlagsData,
     tlb: MemFlagsData,
 }
 
-/// Fills `func` (cleared) with the region's CLIF. `counters`: for each block the entry of the table of execution counts.
+/// Fills `func` (cleared) with the region's CLIF. `counters`: for each block the entries of the table of execution counts.
 pub(crate) fn lower_region(
     func: &mut Function,
     blocks: &[Block],
-    counters: Option<&[u32]>,
+    counters: Option<&[Vec<u32>]>,
     buf: &mut Buffers,
 ) -> Result<LoweredRegion, CompileError> {
     let root = blocks.first().ok_or(CompileError::Malformed)?;
@@ -199,6 +204,8 @@ pub(crate) fn lower_region(
         budget: state,
         dirty: 0,
         at: 0,
+        roles: Vec::new(),
+        windows: HashMap::new(),
         guest: unaligned.with_alias_region(of_guest),
         tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
     };
@@ -206,7 +213,7 @@ pub(crate) fn lower_region(
     r.heads = (0..blocks.len()).map(|_| r.l.new_block(false)).collect();
     r.entry();
     for i in 0..blocks.len() {
-        r.block(i, counters.and_then(|c| c.get(i)).copied())?;
+        r.block(i, counters.and_then(|c| c.get(i)).map_or(&[], Vec::as_slice))?;
     }
     let sites = r.sites;
     Ok(LoweredRegion { slots: out.slots, sites })
@@ -247,10 +254,12 @@ impl RegionLowering<'_> {
     }
 
     /// One block.
-    fn block(&mut self, i: usize, counter: Option<u32>) -> Result<(), CompileError> {
+    fn block(&mut self, i: usize, counters: &[u32]) -> Result<(), CompileError> {
         let b = &self.blocks[i];
         self.at = i;
         self.l.block = b;
+        self.roles = windows::plan(b);
+        self.windows.clear();
         for list in [&mut self.l.buf.values, &mut self.l.buf.wide] {
             list.clear();
             list.resize(b.ops.len(), None);
@@ -262,9 +271,7 @@ impl RegionLowering<'_> {
         self.budget = dfg.append_block_param(head, types::I32);
         self.dirty = self.graph.dirty[i];
         self.budget = self.l.cur.ins().iadd_imm_s(self.budget, -i64::from(b.retired));
-        if let Some(c) = counter {
-            self.count(c);
-        }
+        counters.iter().for_each(|&c| self.count(c));
         let end = b.end.ok_or(CompileError::Malformed)?;
         let mut next_insn = 0;
         for (n, op) in b.ops.iter().enumerate() {
@@ -302,7 +309,7 @@ impl RegionLowering<'_> {
                 self.l.op(i, op)?;
             }
             Op::Load { ty, flags, addr } => self.load(i, ty, flags, addr)?,
-            Op::Store { ty, flags, addr, v } => self.store(ty, flags, addr, v)?,
+            Op::Store { ty, flags, addr, v } => self.store(i, ty, flags, addr, v)?,
             Op::Rmw { op, ty, addr, v } => self.rmw(i, op, ty, addr, v)?,
             Op::CmpXchg { ty, addr, expected, new } => self.cmpxchg(i, ty, addr, expected, new)?,
             Op::Call { .. } if impure(op) => {

@@ -9,9 +9,11 @@ mod cond;
 mod dead;
 mod fold;
 mod forward;
+mod join;
 mod known;
 mod lookahead;
 
+pub use join::join_all;
 pub use lookahead::overwrites_flags;
 
 use crate::block::{Block, Exit};

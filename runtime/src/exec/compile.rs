@@ -15,7 +15,7 @@ use twofold_arch::cpuid::Features;
 use twofold_backend::{CompileError, CompiledTb, Compiler, Options, RegionCompiler};
 use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
-use twofold_ir::passes::{Options as PassOptions, Passes};
+use twofold_ir::passes::{Options as PassOptions, Passes, join_all};
 
 use super::region::RegionState;
 use super::tb::{TbId, TierState};
@@ -232,14 +232,15 @@ fn compile_region(
         blocks.push(retranslate(job, piece).ok_or(CompileError::Malformed)?);
     }
     let pieces = std::iter::once(&job.root).chain(others);
-    let counters: Option<Vec<u32>> = pieces.map(|p| p.counter).collect();
+    let counters = pieces.map(|p| p.counter.into_iter().collect()).collect();
+    let (mut blocks, counters) = join_all(blocks, counters);
     for block in &mut blocks {
         passes.run(block, &PassOptions::default());
     }
     if job.texts.has(DebugItem::Clif) {
         *text += &regions.clif_text(&blocks).unwrap_or_else(|e| format!("{e}\n"));
     }
-    regions.compile(&blocks, counters.as_deref())
+    regions.compile(&blocks, Some(&counters))
 }
 
 /// A block's IR as the front end makes it.

@@ -7,7 +7,7 @@ use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{AtomicRmwOp, Block as ClifBlock, BlockArg, InstBuilder, Type, Value as Clif, types};
 use twofold_ir::{MemFlags, RmwOp, Ty, Value};
 
-use super::RegionLowering;
+use super::{RegionLowering, Role};
 use crate::abi::{AccessKind, MemInfo};
 use crate::compiler::CompileError;
 use crate::layout;
@@ -20,13 +20,35 @@ struct Probed {
     host: Clif,
     slow: ClifBlock,
     next: ClifBlock,
-    info: Clif,
+    info: MemInfo,
+    /// The window that the access opens, and its addend.
+    opens: Option<(usize, Clif)>,
 }
 
 impl RegionLowering<'_> {
     /// Emits the probe; the cursor is then on the way of a hit.
-    fn probe(&mut self, kind: AccessKind, ty: Ty, flags: MemFlags, addr: Clif, result: Option<Type>) -> Probed {
+    fn probe(
+        &mut self,
+        role: Role,
+        kind: AccessKind,
+        ty: Ty,
+        flags: MemFlags,
+        addr: Clif,
+        result: Option<Type>,
+    ) -> Probed {
         let info = MemInfo::new(kind, ty.log2_bytes(), flags, self.l.block.flags.mem_mode());
+        let (slow, hit, next) = (self.l.new_block(true), self.l.new_block(false), self.l.new_block(false));
+        if let Some(t) = result {
+            self.l.cur.func.dfg.append_block_param(next, t);
+        }
+        if let Role::Member(window) = role
+            && let Some(&addend) = self.windows.get(&window)
+        {
+            self.l.cur.ins().brif(addend, hit, &[], slow, &[]);
+            self.l.cur.goto_bottom(hit);
+            let host = self.l.cur.ins().iadd(addr, addend);
+            return Probed { host, slow, next, info, opens: None };
+        }
         let view = layout::tlb_view(info.mode() as usize);
         let mask = self.l.load_state(types::I64, view + layout::VIEW_MASK);
         let table = self.l.load_state(types::I64, view + layout::VIEW_TABLE);
@@ -35,44 +57,67 @@ impl RegionLowering<'_> {
         let entry = self.l.cur.ins().iadd(table, index);
         let last = i64::from(info.bytes()) - 1;
         let aligned = flags.has(MemFlags::ALIGNED);
+        let (from, last) = match role {
+            Role::First(_, from, end) => (self.l.cur.ins().iadd_imm_s(addr, from), end - 1),
+            _ => (addr, last),
+        };
         let page = if aligned || last == 0 { addr } else { self.l.cur.ins().iadd_imm_s(addr, last) };
         let page = self.l.cur.ins().band_imm_s(page, -4096 | if aligned { last } else { 0 });
         let write = kind != AccessKind::Load || flags.has(MemFlags::WRITE_INTENT);
         let field = if write { layout::TLB_WRITE } else { layout::TLB_READ };
         let tag = self.l.cur.ins().load(types::I64, self.tlb, entry, field);
-        let miss = self.l.cur.ins().icmp(IntCC::NotEqual, page, tag);
-        let (slow, hit, next) = (self.l.new_block(true), self.l.new_block(false), self.l.new_block(false));
+        let miss = if let Role::First(..) = role {
+            // Both ends.
+            let start = self.l.cur.ins().band_imm_s(from, -4096);
+            let (x, y) = (self.l.cur.ins().bxor(start, tag), self.l.cur.ins().bxor(page, tag));
+            self.l.cur.ins().bor(x, y)
+        } else {
+            self.l.cur.ins().icmp(IntCC::NotEqual, page, tag)
+        };
         self.l.cur.ins().brif(miss, slow, &[], hit, &[]);
-        if let Some(t) = result {
-            self.l.cur.func.dfg.append_block_param(next, t);
-        }
-        self.l.cur.goto_bottom(slow);
-        self.write_back();
-        let info = self.l.const64(info.0);
         self.l.cur.goto_bottom(hit);
         let addend = self.l.cur.ins().load(types::I64, self.tlb, entry, layout::TLB_ADDEND);
         let host = self.l.cur.ins().iadd(addr, addend);
-        Probed { host, slow, next, info }
+        let opens = match role {
+            Role::First(window, ..) => {
+                self.l.cur.func.dfg.append_block_param(next, types::I64);
+                Some((window, addend))
+            }
+            _ => None,
+        };
+        Probed { host, slow, next, info, opens }
+    }
+
+    /// The thunk of the slow way: one that probes again where that is worth it, since only the window has been missed.
+    fn slow_thunk(&self, p: &Probed, windowed: bool) -> Option<Thunk> {
+        if windowed { Thunk::probe(p.info, self.l.full) } else { None }
     }
 
     /// Ends the way of a hit with `fast` and goes to the slow one.
     fn to_slow(&mut self, p: &Probed, fast: Option<Clif>) {
-        let args: Vec<BlockArg> = fast.map(BlockArg::Value).into_iter().collect();
+        let opens = p.opens.map(|o| o.1);
+        let args: Vec<BlockArg> = fast.into_iter().chain(opens).map(BlockArg::Value).collect();
         self.l.cur.ins().jump(p.next, &args);
         self.l.cur.goto_bottom(p.slow);
+        self.write_back();
     }
     /// Ends the slow way; the cursor is then after the access.
     fn rejoin(&mut self, p: &Probed, slow: Option<Clif>) -> Option<Clif> {
-        let args: Vec<BlockArg> = slow.map(BlockArg::Value).into_iter().collect();
+        let none = p.opens.map(|_| self.l.const64(0));
+        let args: Vec<BlockArg> = slow.into_iter().chain(none).map(BlockArg::Value).collect();
         self.l.cur.ins().jump(p.next, &args);
         self.l.cur.goto_bottom(p.next);
+        if let (Some((window, _)), Some(&v)) = (p.opens, self.l.cur.func.dfg.block_params(p.next).last()) {
+            self.windows.insert(window, v);
+        }
         self.l.cur.func.dfg.block_params(p.next).first().copied()
     }
 
     pub(super) fn load(&mut self, i: usize, ty: Ty, flags: MemFlags, addr: Value) -> Result<(), CompileError> {
         let addr = self.l.get(addr)?;
         let t = if ty == Ty::V128 { V } else { types::I64 };
-        let p = self.probe(AccessKind::Load, ty, flags, addr, Some(t));
+        let role = self.roles[i];
+        let p = self.probe(role, AccessKind::Load, ty, flags, addr, Some(t));
         let (guest, host) = (self.guest, p.host);
         let ins = self.l.cur.ins();
         let fast = match ty {
@@ -82,11 +127,15 @@ impl RegionLowering<'_> {
             Ty::I64 | Ty::V128 => ins.load(t, guest, host, 0),
         };
         self.to_slow(&p, Some(fast));
-        let thunk = Thunk::slow(AccessKind::Load, ty == Ty::V128, self.l.full);
-        let slow = if ty == Ty::V128 {
-            self.l.call_results(thunk, Shape { vec_rets: 1, ..Shape::call(3, 1) }, &[addr, p.info])[1]
+        let vector = ty == Ty::V128;
+        let slow = if let Some(thunk) = self.slow_thunk(&p, role != Role::Alone) {
+            let shape = Shape { vec_rets: u8::from(vector), ..Shape::call(2, 2) };
+            self.l.call_results(thunk, shape, &[addr])[if vector { 2 } else { 0 }]
         } else {
-            self.l.call_results(thunk, Shape::call(3, 1), &[addr, p.info])[0]
+            let thunk = Thunk::slow(AccessKind::Load, vector, self.l.full);
+            let shape = Shape { vec_rets: u8::from(vector), ..Shape::call(3, 1) };
+            let info = self.l.const64(p.info.0);
+            self.l.call_results(thunk, shape, &[addr, info])[usize::from(vector)]
         };
         let v = self.rejoin(&p, Some(slow)).ok_or(CompileError::Malformed)?;
         if ty == Ty::V128 {
@@ -97,19 +146,31 @@ impl RegionLowering<'_> {
         Ok(())
     }
 
-    pub(super) fn store(&mut self, ty: Ty, flags: MemFlags, addr: Value, v: Value) -> Result<(), CompileError> {
+    pub(super) fn store(
+        &mut self,
+        i: usize,
+        ty: Ty,
+        flags: MemFlags,
+        addr: Value,
+        v: Value,
+    ) -> Result<(), CompileError> {
         let (addr, x) = (self.l.get(addr)?, self.l.get(v)?);
-        let p = self.probe(AccessKind::Store, ty, flags, addr, None);
+        let role = self.roles[i];
+        let p = self.probe(role, AccessKind::Store, ty, flags, addr, None);
         let x = if ty == Ty::V128 { self.l.cast(x, V) } else { x };
         self.l.cur.ins().store(self.guest, x, p.host, 0);
         self.to_slow(&p, None);
-        let thunk = Thunk::slow(AccessKind::Store, ty == Ty::V128, self.l.full);
-        let shape = if ty == Ty::V128 {
-            Shape { vecs: 1, ..Shape::call(3, 1) }
-        } else {
-            Shape { last: ty, ..Shape::call(4, 1) }
+        let vector = ty == Ty::V128;
+        let shape = |ints: u8, rets: u8| match vector {
+            true => Shape { vecs: 1, ..Shape::call(ints - 1, rets) },
+            false => Shape { last: ty, ..Shape::call(ints, rets) },
         };
-        self.l.call(thunk, shape, &[addr, p.info, x]);
+        if let Some(thunk) = self.slow_thunk(&p, role != Role::Alone) {
+            self.l.call(thunk, shape(3, 3), &[addr, x]);
+        } else {
+            let info = self.l.const64(p.info.0);
+            self.l.call(Thunk::slow(AccessKind::Store, vector, self.l.full), shape(4, 1), &[addr, info, x]);
+        }
         self.rejoin(&p, None);
         Ok(())
     }
@@ -117,7 +178,7 @@ impl RegionLowering<'_> {
     pub(super) fn rmw(&mut self, i: usize, op: RmwOp, ty: Ty, addr: Value, v: Value) -> Result<(), CompileError> {
         let (addr, x, wide) = (self.l.get(addr)?, self.l.get(v)?, self.l.zext64(v)?);
         let kind = AccessKind::Rmw(op);
-        let p = self.probe(kind, ty, MemFlags::NONE, addr, Some(clif(ty)));
+        let p = self.probe(Role::Alone, kind, ty, MemFlags::NONE, addr, Some(clif(ty)));
         let op = match op {
             RmwOp::Add => AtomicRmwOp::Add,
             RmwOp::Sub => AtomicRmwOp::Sub,
@@ -127,7 +188,7 @@ impl RegionLowering<'_> {
             RmwOp::Xchg => AtomicRmwOp::Xchg,
         };
         let fast = self.l.cur.ins().atomic_rmw(clif(ty), self.guest, op, p.host, x);
-        self.atomic_result(i, ty, kind, &p, fast, &[addr, p.info, wide])
+        self.atomic_result(i, ty, kind, &p, fast, &[addr, wide])
     }
 
     pub(super) fn cmpxchg(
@@ -140,9 +201,9 @@ impl RegionLowering<'_> {
     ) -> Result<(), CompileError> {
         let (addr, e, n) = (self.l.get(addr)?, self.l.get(expected)?, self.l.get(new)?);
         let (wide_e, wide_n) = (self.l.zext64(expected)?, self.l.zext64(new)?);
-        let p = self.probe(AccessKind::CmpXchg, ty, MemFlags::NONE, addr, Some(clif(ty)));
+        let p = self.probe(Role::Alone, AccessKind::CmpXchg, ty, MemFlags::NONE, addr, Some(clif(ty)));
         let fast = self.l.cur.ins().atomic_cas(self.guest, p.host, e, n);
-        self.atomic_result(i, ty, AccessKind::CmpXchg, &p, fast, &[addr, p.info, wide_e, wide_n])
+        self.atomic_result(i, ty, AccessKind::CmpXchg, &p, fast, &[addr, wide_e, wide_n])
     }
 
     fn atomic_result(
@@ -155,6 +216,8 @@ impl RegionLowering<'_> {
         args: &[Clif],
     ) -> Result<(), CompileError> {
         self.to_slow(p, Some(fast));
+        let info = self.l.const64(p.info.0);
+        let args = &[&args[..1], &[info], &args[1..]].concat();
         let thunk = Thunk::slow(kind, false, self.l.full);
         let shape = Shape::call(args.len() as u8 + 1, 1);
         let at = self.l.call(thunk, shape, args).ok_or(CompileError::Malformed)?;
