@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     fn state(dr7: u64, dr1: u64) -> Box<CpuState> {
-        let mut s = Box::<CpuState>::default();
+        let mut s = CpuState::zeroed();
         s.dr[1] = dr1;
         s.dr[7] = dr7;
         s

@@ -20,7 +20,7 @@ pub mod table;
 pub mod task;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeSet;
 

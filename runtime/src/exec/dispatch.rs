@@ -120,8 +120,8 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
             }
             settle(vcpu, granted);
             let used_up = vcpu.state.budget < 128;
-            vcpu.state.budget = SLICE;
-            *granted = SLICE;
+            vcpu.state.budget = vmx::events::slice(vcpu, now, SLICE);
+            *granted = vcpu.state.budget;
             if vcpu.in_turn {
                 let yields = std::mem::take(&mut vcpu.yields);
                 if *slices > 0 && (used_up || yields) {
@@ -167,6 +167,21 @@ fn start_up_signals(vcpu: &mut Vcpu) {
         cs.base = u64::from(page) << 12;
         vcpu.state.rip = 0;
     }
+}
+
+/// One turn of the loop: events, then blocks until something may have changed.
+#[cfg(test)]
+pub(crate) fn step(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+    vcpu.state.attention.store(0, Ordering::Relaxed);
+    if vcpu.state.budget < 128 {
+        vcpu.state.budget = SLICE;
+    }
+    if vcpu.vmx.non_root || vcpu.vmx.aborted {
+        vmx::events::deliver(vcpu)?;
+    } else {
+        deliver_pending(vcpu)?;
+    }
+    if vcpu.state.halted == 0 { advance(vcpu) } else { Ok(()) }
 }
 
 /// Delivers an NMI or interrupt if one may be delivered now.

@@ -86,7 +86,7 @@ rows! {
         pin::EXTERNAL_INTERRUPT_EXITING, "vmx-intr-exit", on;
         pin::NMI_EXITING, "vmx-nmi-exit", on;
         pin::VIRTUAL_NMIS, "vmx-vnmi", on;
-        pin::PREEMPTION_TIMER, "vmx-preemption-timer", off;
+        pin::PREEMPTION_TIMER, "vmx-preemption-timer", on;
         pin::POSTED_INTERRUPTS, "vmx-posted-intr", off, Apic;
     }
     Place::Control(Word::Proc) => {
@@ -107,7 +107,7 @@ rows! {
         proc::MOV_DR_EXITING, "vmx-movdr-exit", on;
         proc::UNCONDITIONAL_IO_EXITING, "vmx-io-exit", on;
         proc::IO_BITMAPS, "vmx-io-bitmap", on;
-        proc::MONITOR_TRAP_FLAG, "vmx-mtf", off;
+        proc::MONITOR_TRAP_FLAG, "vmx-mtf", on;
         proc::MSR_BITMAPS, "vmx-msr-bitmap", on;
         proc::MONITOR_EXITING, "vmx-monitor-exit", on;
         proc::PAUSE_EXITING, "vmx-pause-exit", on;
@@ -116,7 +116,7 @@ rows! {
     Place::Control(Word::Proc2) => {
         proc2::APIC_ACCESSES, "vmx-apicv-xapic", off;
         proc2::EPT, "vmx-ept", on;
-        proc2::DESCRIPTOR_TABLE_EXITING, "vmx-desc-exit", off;
+        proc2::DESCRIPTOR_TABLE_EXITING, "vmx-desc-exit", on;
         proc2::RDTSCP, "vmx-rdtscp-exit", on, Rdtscp;
         proc2::X2APIC_MODE, "vmx-apicv-x2apic", off, X2apic;
         proc2::VPID, "vmx-vpid", on;
@@ -124,18 +124,18 @@ rows! {
         proc2::UNRESTRICTED_GUEST, "vmx-unrestricted-guest", on;
         proc2::APIC_REGISTERS, "vmx-apicv-register", off;
         proc2::VIRTUAL_INTERRUPT_DELIVERY, "vmx-apicv-vid", off;
-        proc2::PAUSE_LOOP_EXITING, "vmx-ple", off;
+        proc2::PAUSE_LOOP_EXITING, "vmx-ple", on;
         proc2::RDRAND_EXITING, "vmx-rdrand-exit", on, Rdrand;
         proc2::INVPCID, "vmx-invpcid-exit", on, Invpcid;
-        proc2::VM_FUNCTIONS, "vmx-vmfunc", off;
-        proc2::VMCS_SHADOWING, "vmx-shadow-vmcs", off;
+        proc2::VM_FUNCTIONS, "vmx-vmfunc", on;
+        proc2::VMCS_SHADOWING, "vmx-shadow-vmcs", on;
         proc2::RDSEED_EXITING, "vmx-rdseed-exit", on, Rdseed;
-        proc2::PML, "vmx-pml", off;
-        proc2::EPT_VIOLATION_VE, "vmx-ept-violation-ve", off;
+        proc2::PML, "vmx-pml", on;
+        proc2::EPT_VIOLATION_VE, "vmx-ept-violation-ve", on;
         proc2::XSAVES, "vmx-xsaves", on, Xsaves;
-        proc2::MODE_BASED_EXECUTE, "vmx-mbec", off;
+        proc2::MODE_BASED_EXECUTE, "vmx-mbec", on;
         proc2::SUB_PAGE_WRITE, "vmx-spp", off;
-        proc2::TSC_SCALING, "vmx-tsc-scaling", off;
+        proc2::TSC_SCALING, "vmx-tsc-scaling", on;
     }
     Place::Control(Word::Proc3) => {
         proc3::IPI_VIRTUALIZATION, "vmx-ipi-virt", off;
@@ -148,7 +148,7 @@ rows! {
         exit::LOAD_PAT, "vmx-exit-load-pat", on, Pat;
         exit::SAVE_EFER, "vmx-exit-save-efer", on;
         exit::LOAD_EFER, "vmx-exit-load-efer", on;
-        exit::SAVE_PREEMPTION_TIMER, "vmx-exit-save-preemption-timer", off;
+        exit::SAVE_PREEMPTION_TIMER, "vmx-exit-save-preemption-timer", on;
         exit::SECONDARY, "vmx-exit-secondary-ctls", off;
     }
     Place::Control(Word::Exit2) => {
@@ -161,7 +161,7 @@ rows! {
         entry::LOAD_EFER, "vmx-entry-load-efer", on;
     }
     Place::Control(Word::VmFunc) => {
-        vmfunc::EPTP_SWITCHING, "vmx-eptp-switching", off;
+        vmfunc::EPTP_SWITCHING, "vmx-eptp-switching", on;
     }
     Place::EptVpid => {
         ept_vpid::EXECUTE_ONLY, "vmx-ept-execonly", on;
@@ -173,7 +173,7 @@ rows! {
         ept_vpid::PAGES_1G, "vmx-ept-1gb", on;
         ept_vpid::INVEPT, "vmx-invept", on;
         ept_vpid::ACCESSED_DIRTY, "vmx-eptad", on;
-        ept_vpid::ADVANCED_EXIT_INFO, "vmx-ept-advanced-exitinfo", off;
+        ept_vpid::ADVANCED_EXIT_INFO, "vmx-ept-advanced-exitinfo", on;
         ept_vpid::INVEPT_SINGLE, "vmx-invept-single-context", on;
         ept_vpid::INVEPT_ALL, "vmx-invept-all-context", on;
         ept_vpid::INVVPID, "vmx-invvpid", on;

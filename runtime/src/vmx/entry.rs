@@ -8,10 +8,11 @@ use twofold_arch::control::{cr0, efer, rflags};
 use twofold_arch::segment::attr;
 use twofold_arch::state::Table;
 use twofold_arch::vmx::control::{entry, pin, proc, proc2};
+use twofold_arch::vmx::msr::ept_vpid;
 use twofold_arch::vmx::event::{EventType, activity, interruptibility};
 use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo, NO_VMCS, VmError};
 use twofold_arch::{PhysAddr, Segment};
-use twofold_mmu::FlushCause;
+use twofold_mmu::{FlushCause, Pml};
 
 use super::checks::{self, Failed, MsrArea, Outcome, View};
 use super::exit::{self, CR0_KEPT};
@@ -174,6 +175,13 @@ fn address_space(v: &mut Vcpu) {
     let controls = v.vmx.controls;
     v.space.vpid = if controls.vpid() { v.vmx.vmcs.get(Field::Vpid) as u16 } else { 0 };
     v.space.eptp = controls.ept().then(|| v.vmx.vmcs.get(Field::Eptp));
+    v.space.ept_mode_based = controls.proc2 & proc2::MODE_BASED_EXECUTE != 0;
+    v.space.ept_execute_only = v.model.vmx.has_ept_vpid(ept_vpid::EXECUTE_ONLY);
+    let pml = (controls.proc2 & proc2::PML != 0).then(|| Pml {
+        address: PhysAddr(v.vmx.vmcs.get(Field::PmlAddress)),
+        index: v.vmx.vmcs.get(Field::PmlIndex) as u16,
+    });
+    v.mmu.set_pml(pml);
     refresh_space(v);
     let view = v.mmu.vm_transition(&v.space, FlushCause::VmEntry, controls.vpid());
     view.store(&mut v.state);
@@ -199,6 +207,10 @@ fn load_non_register(v: &mut Vcpu) {
     v.vmx.activity = if active == activity::HLT { activity::ACTIVE } else { active };
     let now = v.shared.clock.now_ns();
     v.vmx.timer = (controls.pin & pin::PREEMPTION_TIMER != 0).then(|| now.saturating_add(timer << TIMER_SHIFT));
+    if v.vmx.timer.is_some_and(|at| at.saturating_sub(now) < super::events::SHORT_NS) {
+        // The dispatcher cuts the slice.
+        v.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+    }
     v.vmx.mtf_pending = false;
     v.vmx.vectoring = None;
     v.vmx.iret_unblocked = false;

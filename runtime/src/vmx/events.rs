@@ -13,6 +13,21 @@ use crate::cpu::interrupt;
 use crate::platform::signal;
 use crate::vcpu::{Shutdown, Vcpu};
 
+/// A preemption timer that runs out sooner than this cuts the slice.
+pub const SHORT_NS: u64 = 400_000;
+/// The shortest slice.
+const SHORTEST: i32 = 256;
+
+/// How many instructions the guest may run before somebody looks at the clock again: at most `most`, and fewer towards the
+/// end of the preemption timer.
+#[must_use]
+pub fn slice(v: &Vcpu, now: u64, most: i32) -> i32 {
+    match v.vmx.timer {
+        None => most,
+        Some(at) => i32::try_from(at.saturating_sub(now) / 8).unwrap_or(most).clamp(SHORTEST, most),
+    }
+}
+
 fn exit_by_event(v: &mut Vcpu, reason: ExitReason) -> Result<(), Shutdown> {
     v.vmx.exit = PendingExit::new(reason, Cause::Event, 0);
     super::exit::perform(v)

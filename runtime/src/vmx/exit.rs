@@ -227,6 +227,10 @@ fn save_guest(v: &mut Vcpu, pending: &PendingExit) {
         let left = if pending.reason == ExitReason::PreemptionTimer { 0 } else { left.min(u64::from(u32::MAX)) };
         vmcs.set(Field::PreemptionTimer, left);
     }
+    if let Some(pml) = v.mmu.pml() {
+        v.vmx.vmcs.set(Field::PmlIndex, u64::from(pml.index));
+        v.mmu.set_pml(None);
+    }
     save_non_register(v, pending);
 }
 
@@ -358,6 +362,7 @@ fn load_host(v: &mut Vcpu, cause: FlushCause) -> Result<(), Shutdown> {
     }
     v.space.vpid = 0;
     v.space.eptp = None;
+    v.mmu.set_pml(None);
     refresh_space(v);
     let view = v.mmu.vm_transition(&v.space, cause, vpid);
     view.store(&mut v.state);

@@ -49,7 +49,7 @@ impl From<VmError> for Fail {
 /// of its second register operand, RIP of the next instruction.
 pub fn vmx(v: &mut Vcpu, word: u64, la: u64, reg: u64, next_rip: u64) -> Helped {
     let which = word & word::INSTRUCTION;
-    check(v, which)?;
+    check(v, which, reg as usize & 15)?;
     if word & word::CHECK != 0 {
         return Ok(0);
     }
@@ -84,7 +84,13 @@ pub fn vmx(v: &mut Vcpu, word: u64, la: u64, reg: u64, next_rip: u64) -> Helped 
         Err(Fail::Invalid) => set_flags(v, rflags::CF),
         Err(Fail::Error(_)) if v.vmx.current.is_none() => set_flags(v, rflags::CF),
         Err(Fail::Error(e)) => {
-            v.vmx.vmcs.set(Field::InstructionError, u64::from(e.number()));
+            let number = u64::from(e.number());
+            if v.vmx.non_root {
+                let shadow = PhysAddr(v.vmx.vmcs.get(Field::VmcsLinkPointer));
+                super::write_phys(v, Vmcs::place(shadow, Field::InstructionError).0, &number.to_le_bytes());
+            } else {
+                v.vmx.vmcs.set(Field::InstructionError, number);
+            }
             set_flags(v, rflags::ZF);
         }
         Err(Fail::Trap(t)) => return Err(t),
@@ -99,7 +105,7 @@ fn set_flags(v: &mut Vcpu, image: u64) {
 }
 
 /// What comes before the operands.
-fn check(v: &mut Vcpu, which: u64) -> Result<(), Trap> {
+fn check(v: &mut Vcpu, which: u64, reg: usize) -> Result<(), Trap> {
     let s = &v.state;
     let compatibility = is_long(s) && !is_64bit(s);
     let wrong_mode = !is_protected(s) || compatibility;
@@ -128,15 +134,23 @@ fn check(v: &mut Vcpu, which: u64) -> Result<(), Trap> {
     {
         return Err(UD);
     }
-    if v.vmx.non_root && !shadowed(v, which) {
+    if v.vmx.non_root && !shadowed(v, which, reg) {
         return Err(instruction_exit(v, exit_reason(which), 0));
     }
     if v.state.cpl != 0 { Err(GP0) } else { Ok(()) }
 }
 
-/// Whether the instruction may go to the shadow VMCS; the field decides then.
-fn shadowed(v: &Vcpu, which: u64) -> bool {
-    matches!(which, word::VMREAD | word::VMWRITE) && v.vmx.controls.proc2 & proc2::VMCS_SHADOWING != 0
+/// Whether the instruction goes to the shadow VMCS: VMREAD and VMWRITE of fields whose bits in the bitmaps are clear.
+fn shadowed(v: &Vcpu, which: u64, reg: usize) -> bool {
+    let bitmap = match which {
+        word::VMREAD => Field::VmreadBitmap,
+        word::VMWRITE => Field::VmwriteBitmap,
+        _ => return false,
+    };
+    let encoding = encoding(v, reg);
+    v.vmx.controls.proc2 & proc2::VMCS_SHADOWING != 0
+        && encoding >> 15 == 0
+        && !bitmap_bit(v, v.vmx.vmcs.get(bitmap), encoding)
 }
 
 fn exit_reason(which: u64) -> ExitReason {
@@ -282,13 +296,8 @@ fn vmptrst(v: &mut Vcpu, operand: &Operand) -> Result<(), Fail> {
 
 // ---- fields -------------------------------------------------------------------------------------------------------------
 
-/// The shadow VMCS that an access in non-root operation goes to; an exit if its bitmap says so.
-fn shadow_target(v: &mut Vcpu, encoding: u64, write: bool) -> Result<u64, Fail> {
-    let bitmap = v.vmx.vmcs.get(if write { Field::VmwriteBitmap } else { Field::VmreadBitmap });
-    let reason = if write { ExitReason::Vmwrite } else { ExitReason::Vmread };
-    if encoding >> 15 != 0 || bitmap_bit(v, bitmap, encoding) {
-        return Err(instruction_exit(v, reason, 0).into());
-    }
+/// The shadow VMCS that an access in non-root operation goes to.
+fn shadow_target(v: &Vcpu) -> Result<u64, Fail> {
     match v.vmx.vmcs.get(Field::VmcsLinkPointer) {
         twofold_arch::vmx::NO_VMCS => Err(Fail::Invalid),
         at => Ok(at),
@@ -311,7 +320,7 @@ fn encoding(v: &Vcpu, reg: usize) -> u64 {
 fn vmread(v: &mut Vcpu, operand: &Operand, reg: usize) -> Result<(), Fail> {
     let encoding = encoding(v, reg);
     let value = if v.vmx.non_root {
-        let at = shadow_target(v, encoding, false)?;
+        let at = shadow_target(v)?;
         let (f, part) = field(v, encoding)?;
         extract(super::read_u64(v, Vmcs::place(PhysAddr(at), f).0), part)
     } else {
@@ -333,7 +342,7 @@ fn vmread(v: &mut Vcpu, operand: &Operand, reg: usize) -> Result<(), Fail> {
 fn vmwrite(v: &mut Vcpu, operand: &Operand, reg: usize) -> Result<(), Fail> {
     let bytes = width(v);
     let encoding = encoding(v, reg);
-    let target = if v.vmx.non_root { Some(shadow_target(v, encoding, true)?) } else { None };
+    let target = if v.vmx.non_root { Some(shadow_target(v)?) } else { None };
     if target.is_none() && v.vmx.current.is_none() {
         return Err(Fail::Invalid);
     }

@@ -22,11 +22,12 @@ pub mod vmcs;
 mod tests;
 
 use twofold_arch::vmx::control::{pin, proc, proc2};
-use twofold_arch::vmx::ept::Eptp;
+use twofold_arch::control::cr0;
+use twofold_arch::vmx::ept::{Eptp, ve_info};
 use twofold_arch::vmx::msr::ept_vpid;
 use twofold_arch::vmx::qualification::ept_violation;
 use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo};
-use twofold_arch::{LinearAddr, PhysAddr};
+use twofold_arch::{Exception, LinearAddr, PhysAddr, Vector};
 use twofold_mmu::{EptFault, EptFaultKind};
 
 use crate::vcpu::{Trap, Vcpu};
@@ -191,6 +192,13 @@ pub fn instruction_exit(v: &mut Vcpu, reason: ExitReason, qualification: u64) ->
 /// Raises the VM exit that an EPT fault makes.
 #[must_use]
 pub fn ept_exit(v: &mut Vcpu, fault: &EptFault) -> Trap {
+    if let EptFaultKind::Violation(bits) = fault.kind
+        && !fault.suppress_ve
+        && v.vmx.controls.proc2 & proc2::EPT_VIOLATION_VE != 0
+        && virtualization_exception(v, fault, u64::from(bits))
+    {
+        return Exception::new(Vector::Virtualization).into();
+    }
     let la = fault.la.map_or(0, |la| la.0);
     v.vmx.exit = match fault.kind {
         EptFaultKind::Violation(bits) => {
@@ -206,6 +214,26 @@ pub fn ept_exit(v: &mut Vcpu, fault: &EptFault) -> Trap {
     v.vmx.exit.linear = la;
     v.vmx.exit.physical = fault.gpa.0;
     Trap::VmExit
+}
+
+/// Turns a convertible EPT violation into #VE (SDM Vol 3C, "Virtualization Exceptions"); false when it must exit.
+fn virtualization_exception(v: &mut Vcpu, fault: &EptFault, qualification: u64) -> bool {
+    let area = v.vmx.vmcs.get(Field::VeInformationAddress);
+    let mut busy = [0; 4];
+    v.shared.map.read(PhysAddr(area.wrapping_add(ve_info::BUSY)), &mut busy);
+    if v.state.cr0 & cr0::PE == 0 || v.vmx.vectoring.is_some() || busy != [0; 4] {
+        return false;
+    }
+    let mut image = [0; 40];
+    let mut put = |at: u64, value: u64| image[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
+    put(ve_info::EXIT_REASON, u64::from(ExitReason::EptViolation.number()) | 0xffff_ffff << 32);
+    put(ve_info::EXIT_QUALIFICATION, qualification);
+    put(ve_info::GUEST_LINEAR_ADDRESS, fault.la.map_or(0, |la| la.0));
+    put(ve_info::GUEST_PHYSICAL_ADDRESS, fault.gpa.0);
+    put(ve_info::EPTP_INDEX, v.vmx.vmcs.get(Field::EptpIndex));
+    // The area ends after the 16-bit EPTP index.
+    write_phys(v, area, &image[..34]);
+    true
 }
 
 /// Whether the monitor trap flag makes each instruction of the guest exit.

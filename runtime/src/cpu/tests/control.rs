@@ -265,7 +265,10 @@ fn debug_registers() {
     v.state.cr4 |= cr4::DE;
     assert_eq!(exception(ops::read_dr(&mut v, 4)), Exception::UD);
     ops::write_dr(&mut v, 7, 1 << 13).unwrap();
-    assert_eq!(exception(ops::read_dr(&mut v, 0)).vector, Vector::Debug);
-    // The general-detect fault cleared GD.
+    let fault = exception(ops::read_dr(&mut v, 0));
+    assert_eq!(fault.vector, Vector::Debug);
+    // Delivering the general-detect fault clears GD.
+    super::super::deliver(&mut v, super::super::Event::Exception(fault)).unwrap();
+    assert_eq!(v.state.dr[6] >> 13 & 1, 1);
     ops::read_dr(&mut v, 0).unwrap();
 }

@@ -20,32 +20,32 @@ use crate::trace::Trace;
 use crate::vcpu::{MemAs, Shared, Trap, Vcpu};
 
 /// Bytes of memory.
-const RAM: u64 = 4 << 20;
+pub(crate) const RAM: u64 = 4 << 20;
 /// Where the tests keep their tables.
-const PML4: u64 = 0x1000;
-const GDT: u64 = 0x8000;
-const IDT: u64 = 0x9000;
-const TSS: u64 = 0xb000;
+pub(crate) const PML4: u64 = 0x1000;
+pub(crate) const GDT: u64 = 0x8000;
+pub(crate) const IDT: u64 = 0x9000;
+pub(crate) const TSS: u64 = 0xb000;
 /// Stack of CPL 0, of IST1, of CPL 3; they grow down from here.
 const RSP0: u64 = 0x2_0000;
 const IST1: u64 = 0x2_2000;
 const USER_RSP: u64 = 0x2_4000;
 /// A handler's address is this plus 16 times its vector.
-const HANDLERS: u64 = 0x3_0000;
+pub(crate) const HANDLERS: u64 = 0x3_0000;
 
-const KERNEL_CS: u16 = 0x10;
-const KERNEL_DS: u16 = 0x18;
+pub(crate) const KERNEL_CS: u16 = 0x10;
+pub(crate) const KERNEL_DS: u16 = 0x18;
 const USER_CS32: u16 = 0x23;
 const USER_DS: u16 = 0x2b;
 const USER_CS: u16 = 0x33;
-const TSS_SEL: u16 = 0x40;
+pub(crate) const TSS_SEL: u16 = 0x40;
 
 /// A reset vCPU.
-fn vcpu() -> Box<Vcpu> {
+pub(crate) fn vcpu() -> Box<Vcpu> {
     vcpu_of(CpuModel::max())
 }
 
-fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
+pub(crate) fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
     let map = Arc::new(PhysMap::new(Arc::new(GuestRam::new(RAM).unwrap()), LegacyHole::default()));
     let clock = Clock::manual();
     let platform = Mutex::new(Platform::new(Setup::quiet(1, RAM, clock.clone())));
@@ -59,18 +59,18 @@ fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
     v
 }
 
-fn poke(v: &Vcpu, pa: u64, data: &[u8]) {
+pub(crate) fn poke(v: &Vcpu, pa: u64, data: &[u8]) {
     v.shared.map.write(PhysAddr(pa), data);
 }
-fn poke64(v: &Vcpu, pa: u64, value: u64) {
+pub(crate) fn poke64(v: &Vcpu, pa: u64, value: u64) {
     poke(v, pa, &value.to_le_bytes());
 }
-fn peek(v: &Vcpu, pa: u64, bytes: usize) -> u64 {
+pub(crate) fn peek(v: &Vcpu, pa: u64, bytes: usize) -> u64 {
     let mut b = [0; 8];
     v.shared.map.read(PhysAddr(pa), &mut b[..bytes]);
     u64::from_le_bytes(b)
 }
-fn peek64(v: &Vcpu, pa: u64) -> u64 {
+pub(crate) fn peek64(v: &Vcpu, pa: u64) -> u64 {
     peek(v, pa, 8)
 }
 
@@ -85,7 +85,7 @@ fn descriptor(base: u64, limit: u64, access: u64, flags: u64) -> u64 {
 }
 
 /// A 64-bit gate.
-fn long_gate(v: &Vcpu, vector: u64, selector: u16, offset: u64, access: u64, ist: u64) {
+pub(crate) fn long_gate(v: &Vcpu, vector: u64, selector: u16, offset: u64, access: u64, ist: u64) {
     let low = offset & 0xffff | u64::from(selector) << 16 | ist << 32 | access << 40 | (offset >> 16 & 0xffff) << 48;
     poke64(v, IDT + vector * 16, low);
     poke64(v, IDT + vector * 16 + 8, offset >> 32);
@@ -93,7 +93,7 @@ fn long_gate(v: &Vcpu, vector: u64, selector: u16, offset: u64, access: u64, ist
 
 /// A vCPU in 64-bit mode at CPL 0: memory identity-mapped (user-accessible), GDT, IDT with an interrupt gate for each vector,
 /// TSS with RSP0 and IST1.
-fn long_mode() -> Box<Vcpu> {
+pub(crate) fn long_mode() -> Box<Vcpu> {
     let mut v = vcpu();
     poke64(&v, PML4, 0x2007);
     poke64(&v, 0x2000, 0x3007);
@@ -133,7 +133,7 @@ fn long_mode() -> Box<Vcpu> {
 }
 
 /// Puts a 64-bit-mode vCPU at CPL 3, by IRET, with RFLAGS `flags`.
-fn to_user(v: &mut Vcpu, rip: u64, flags: u64) {
+pub(crate) fn to_user(v: &mut Vcpu, rip: u64, flags: u64) {
     let sp = 0x1_e000;
     for (i, x) in [rip, USER_CS.into(), flags, USER_RSP, USER_DS.into()].into_iter().enumerate() {
         poke64(v, sp + 8 * i as u64, x);
@@ -145,8 +145,10 @@ fn to_user(v: &mut Vcpu, rip: u64, flags: u64) {
 
 /// The exception a helper raised.
 fn exception(r: Helped) -> Exception {
-    let Trap::Exception(e) = r.expect_err("no exception");
-    e
+    match r.expect_err("no exception") {
+        Trap::Exception(e) => e,
+        Trap::VmExit => panic!("a VM exit"),
+    }
 }
 fn assert_gp(r: Helped, error: u32) {
     assert_eq!(exception(r), Exception::gp(error));
