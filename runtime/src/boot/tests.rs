@@ -266,6 +266,19 @@ fn multiboot_by_addresses() {
     assert_eq!(read(&map, 0x10_17ff, 3), [0x90, 0, 0]);
 }
 
+#[test]
+fn an_image_linked_at_32_kib_loads_and_our_data_stays_out_of_it() {
+    let mut file = vec![0x90u8; 0x3000];
+    multiboot_header(&mut file, 0x1040, 1 << 16 | 3, &[0x8040, 0x8000, 0x9800, 0xc000, 0x8080]);
+    let kernel = TempFile::new(&file);
+    let map = memory_map(MEMORY);
+    let entry = load(&config(&kernel), &map).unwrap().entry;
+    assert_eq!(entry.rip, 0x8080);
+    assert_eq!(read(&map, 0x8080, 0x100), [0x90; 0x100]);
+    assert_eq!(read(&map, 0x9800, 0x2800), [0; 0x2800]);
+    assert!(entry.rbx >= layout::START);
+}
+
 /// Loads, and checks that a refusal is one line that names the file.
 fn try_load(file: &[u8], memory: u64) -> Result<Loaded, String> {
     let kernel = TempFile::new(file);

@@ -320,3 +320,18 @@ fn no_guest_access_panics() {
         }
     }
 }
+
+#[test]
+fn test_devices_echo_and_drive_lines() {
+    let mut p = machine(1);
+    p.io_write(0xe0, 4, 0x1234_5678);
+    assert_eq!((p.io_read(0xe0, 4), p.io_read(0xe2, 2), p.io_read(0xe1, 1)), (0x1234_5678, 0x1234, 0x56));
+    let at = |offset: u64| PhysAddr(debug::MEMORY_BASE + offset);
+    p.mmio_write(0, at(8), 8, 0x0102_0304_0506_0708);
+    assert_eq!(p.mmio_read(0, at(9), 2), 0x0607);
+    assert_eq!(p.mmio_read(0, at(debug::MEMORY_SIZE - 1), 4), 0);
+    lapic(&mut p, 0, 0xf0, 0x1ff);
+    route(&mut p, 14, 0x77);
+    p.io_write(debug::LINE_PORT + 14, 1, 1);
+    assert_eq!(p.interrupt_pending(0), Some(0x77));
+}

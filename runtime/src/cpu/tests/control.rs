@@ -131,7 +131,14 @@ fn stale_translations_go_when_they_must() {
     assert_eq!(read(&mut v, local), 2);
     assert_gp(cr::invpcid(&mut v, 4, 0x1_0000), 0);
     poke64(&v, 0x1_0000, 1 << 12);
+    for kind in 0..4 {
+        assert_gp(cr::invpcid(&mut v, kind, 0x1_0000), 0);
+    }
+    // A PCID counts only where a context is named.
+    poke64(&v, 0x1_0000, 1);
     assert_gp(cr::invpcid(&mut v, 1, 0x1_0000), 0);
+    cr::invpcid(&mut v, 2, 0x1_0000).unwrap();
+    cr::invpcid(&mut v, 3, 0x1_0000).unwrap();
 }
 
 #[test]

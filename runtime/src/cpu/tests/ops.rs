@@ -189,8 +189,11 @@ fn umip_guards_table_reads() {
 fn lgdt_wants_a_canonical_base() {
     let mut v = long_mode();
     poke(&v, 0x10_0000, &0x7fu16.to_le_bytes());
-    poke64(&v, 0x10_0002, 1 << 47);
+    // With CR4.LA57 = 0, but a processor that has 5-level paging.
+    poke64(&v, 0x10_0002, 1 << 56);
     assert_gp(ops::load_table(&mut v, 0x10_0000, false, 8), 0);
+    poke64(&v, 0x10_0002, 1 << 47);
+    ops::load_table(&mut v, 0x10_0000, false, 8).unwrap();
     poke64(&v, 0x10_0002, 0xffff_8000_0000_0000);
     ops::load_table(&mut v, 0x10_0000, false, 8).unwrap();
     assert_eq!((v.state.gdtr.base, v.state.gdtr.limit), (0xffff_8000_0000_0000, 0x7f));
