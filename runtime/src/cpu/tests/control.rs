@@ -172,7 +172,7 @@ fn cr8_is_the_task_priority() {
 fn msrs_check_their_values() {
     let mut v = long_mode();
     for n in [m::LSTAR, m::CSTAR, m::FS_BASE, m::GS_BASE, m::KERNEL_GS_BASE, m::SYSENTER_ESP, m::SYSENTER_EIP] {
-        assert!(msr::write(&mut v, n, 1 << 47).is_err(), "{n:#x}");
+        assert!(msr::write(&mut v, n, 1 << 56).is_err(), "{n:#x}");
         msr::write(&mut v, n, 0xffff_8000_0000_0000).unwrap();
         assert_eq!(msr::read(&mut v, n), Ok(0xffff_8000_0000_0000), "{n:#x}");
     }
