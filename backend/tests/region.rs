@@ -254,3 +254,29 @@ fn attention_ends_a_loop() {
     assert_eq!(did, (i32::MAX - m.state.budget) as u64);
     assert!(did > 1000);
 }
+
+/// Accesses near each other share a probe: across page borders, backwards, with faults at each of them.
+#[test]
+fn windows_cross_pages() {
+    let text = "block flags 0x2 retired 4\n\
+                insn 0x0 len 4\np = get.i64 rbx\na = load.i64 p\n\
+                insn 0x4 len 4\neight = const.i64 0x8\nq = add.i64 p, eight\nb = load.i32 q\nw = zext.i64 b\n\
+                s = add.i64 a, w\nput.i64 rax, s\n\
+                insn 0x8 len 4\nback = const.i64 0x11\nr = sub.i64 p, back\nstore.i64 r, s\n\
+                insn 0xc len 4\nt = add.i64 r, eight\nc = load.i16 t\nstore.i16 t, c\n\
+                step = const.i64 0x2b\nn = add.i64 p, step\nput.i64 rbx, n\n\
+                end jump 0x0\n";
+    let b = [twofold_ir::parse::parse(text).expect("a block")];
+    let mut rig = Rig {
+        compiler: RegionCompiler::new(Options { probe: Probe::Inline, verify: true }).expect("compiler"),
+        memory: CodeMemory::new(8 << 20).expect("code memory"),
+    };
+    let tb = rig.install(&b);
+    let plain = Case { seed: 3, fault_at: usize::MAX, budget: 1000, runs: 1 };
+    let events = check(&mut rig, &tb, &b, plain);
+    assert!(events > 1000);
+    for at in 0..40 {
+        check(&mut rig, &tb, &b, Case { fault_at: at * 7, ..plain });
+        check(&mut rig, &tb, &b, Case { seed: at as u64, runs: 4, ..plain });
+    }
+}

@@ -18,12 +18,12 @@ use super::tb::{TbId, TbKey};
 use super::turns::Broadcast;
 use crate::vcpu::Vcpu;
 
-/// Samples that make a root.
-const HOT_SAMPLES: u32 = 3;
+/// Samples that make a root: more than a million guest instructions, about what a compilation costs (1 to 4 ms).
+const HOT_SAMPLES: u32 = 24;
 /// Most blocks of a region.
-const MAX_BLOCKS: usize = 32;
+const MAX_BLOCKS: usize = 24;
 /// Most guest instructions of a region.
-const MAX_INSNS: usize = 600;
+const MAX_INSNS: usize = 400;
 
 /// A region in code memory.
 #[derive(Debug)]
@@ -57,7 +57,9 @@ pub fn sample(vcpu: &mut Vcpu, id: TbId) {
     }
     let tb = vcpu.jit.tbs.get_mut(id);
     tb.samples = tb.samples.saturating_add(1);
-    if tb.samples >= HOT_SAMPLES && tb.region_state == RegionState::None {
+    // What leads nowhere may lead back later.
+    let again = tb.region_state == RegionState::Refused && tb.samples.is_power_of_two();
+    if tb.samples >= HOT_SAMPLES && (again || tb.region_state == RegionState::None) {
         request(vcpu, id);
     }
 }
