@@ -8,8 +8,8 @@ use twofold_arch::control::{cr0, efer, rflags};
 use twofold_arch::segment::attr;
 use twofold_arch::state::Table;
 use twofold_arch::vmx::control::{entry, pin, proc, proc2};
-use twofold_arch::vmx::msr::ept_vpid;
 use twofold_arch::vmx::event::{EventType, activity, interruptibility};
+use twofold_arch::vmx::msr::ept_vpid;
 use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo, NO_VMCS, VmError};
 use twofold_arch::{PhysAddr, Segment};
 use twofold_mmu::{FlushCause, Pml};
@@ -71,18 +71,13 @@ pub fn enter(v: &mut Vcpu, launch: bool) -> Result<(), VmError> {
     Ok(())
 }
 
-/// What the checks look at, of this processor now.
-fn view<'a>(v: &'a Vcpu, memory: &'a dyn Fn(u64, &mut [u8])) -> View<'a> {
-    let pointer = v.vmx.current.map_or(NO_VMCS, |p| p.0);
-    View::new(&v.vmx.vmcs, &v.model.vmx, pointer, v.state.efer & efer::LMA != 0, memory)
-}
-
 /// The checks before VM entry's point of no return: controls and host state.
 fn check_before(v: &mut Vcpu) -> Result<(), VmError> {
-    let map = v.shared.map.clone();
-    let memory = |at: u64, buf: &mut [u8]| map.read(PhysAddr(at), buf);
-    let view = view(v, &memory);
-    let Err(failed) = checks::controls(&view).and_then(|()| checks::host(&view)) else { return Ok(()) };
+    let memory = |at: u64, buf: &mut [u8]| v.shared.map.read(PhysAddr(at), buf);
+    let pointer = v.vmx.current.map_or(NO_VMCS, |p| p.0);
+    let view = View::new(&v.vmx.vmcs, &v.model.vmx, pointer, v.state.efer & efer::LMA != 0, &memory);
+    let memo = &mut v.vmx.memo;
+    let Err(failed) = checks::controls(&view, memo).and_then(|()| checks::host(&view, memo)) else { return Ok(()) };
     note_failure(v, &failed);
     match failed.outcome {
         Outcome::Fail(error) => Err(error),
@@ -92,10 +87,12 @@ fn check_before(v: &mut Vcpu) -> Result<(), VmError> {
 
 /// The checks on the guest-state area. `Ok`: the PDPTEs as they were checked, when the guest uses them (row C2).
 fn check_guest(v: &mut Vcpu) -> Result<Option<[u64; 4]>, (ExitReason, u64)> {
-    let map = v.shared.map.clone();
-    let memory = |at: u64, buf: &mut [u8]| map.read(PhysAddr(at), buf);
-    let view = view(v, &memory);
-    let Err(failed) = checks::guest(&view) else { return Ok(view.pae_guest().then(|| view.guest_pdptes())) };
+    let memory = |at: u64, buf: &mut [u8]| v.shared.map.read(PhysAddr(at), buf);
+    let pointer = v.vmx.current.map_or(NO_VMCS, |p| p.0);
+    let view = View::new(&v.vmx.vmcs, &v.model.vmx, pointer, v.state.efer & efer::LMA != 0, &memory);
+    let Err(failed) = checks::guest(&view, &mut v.vmx.memo) else {
+        return Ok(view.pae_guest().then(|| view.guest_pdptes()));
+    };
     note_failure(v, &failed);
     match failed.outcome {
         Outcome::Exit { reason, qualification } => Err((reason, qualification)),
@@ -196,7 +193,8 @@ fn load_non_register(v: &mut Vcpu) {
     let controls = v.vmx.controls;
     v.vmx.pending_debug = vmcs.get(Field::GuestPendingDebug);
     let s = &mut v.state;
-    s.shadow = u32::from(blocking & interruptibility::STI != 0) | u32::from(blocking & interruptibility::MOV_SS != 0) << 1;
+    s.shadow =
+        u32::from(blocking & interruptibility::STI != 0) | u32::from(blocking & interruptibility::MOV_SS != 0) << 1;
     let nmi = blocking & interruptibility::NMI != 0;
     if controls.virtual_nmis() {
         v.vmx.virtual_nmi_blocked = nmi;

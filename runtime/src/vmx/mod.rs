@@ -46,6 +46,8 @@ pub struct VmxState {
     pub current: Option<PhysAddr>,
     /// The current VMCS.
     pub vmcs: Vmcs,
+    /// What has passed the checks of VM entry.
+    pub memo: checks::Memo,
     /// VMX non-root operation.
     pub non_root: bool,
     /// The execution controls in force, in non-root operation.

@@ -62,6 +62,13 @@ impl Vmcs {
         self.values[field.index()] as u32
     }
 
+    /// All values, by [`Field::index`].
+    #[inline]
+    #[must_use]
+    pub fn values(&self) -> &[u64; COUNT] {
+        &self.values
+    }
+
     /// Sets a field, cut to its width.
     #[inline]
     pub fn set(&mut self, field: Field, value: u64) {

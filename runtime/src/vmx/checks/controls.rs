@@ -8,14 +8,30 @@ use twofold_arch::vmx::msr::{basic, ept_vpid, misc};
 use twofold_arch::vmx::{ControlBit, EventType, Field, InterruptionInfo, Word};
 
 use super::Heading::{Entry, Execution, Exit};
-use super::{Check, Detail, View, address, check, require, reserved};
+use super::{Check, Detail, Table, View, address, check, require, reserved};
 use crate::vmx::caps::CR3_TARGETS;
 
 type Outcome = Result<(), Detail>;
 
+/// The checks whose fields seldom change.
+pub(super) const TABLE: Table = Table {
+    checks: CHECKS,
+    memo: Some(0),
+    watch: &[
+        (Field::Vpid, Field::LastPidPointerIndex),
+        (Field::IoBitmapA, Field::SpecCtrlShadow),
+        (Field::PinControls, Field::EntryMsrLoadCount),
+        (Field::TprThreshold, Field::InstructionTimeoutControl),
+    ],
+    also: &[],
+};
+
+/// The checks of the event to be injected, and what looks at guest memory.
+pub(super) const EVERY_TIME: Table = Table { checks: CHECKS_EVERY_TIME, memo: None, watch: &[], also: &[] };
+
 /// In the SDM's order. "Entry to SMM" and "deactivate dual-monitor treatment" are reserved here, where there is no
 /// dual-monitor treatment.
-pub(super) const CHECKS: &[Check] = &[
+const CHECKS: &[Check] = &[
     check("pin-reserved", Execution, |v| reserved(v, Word::Pin)),
     check("proc-reserved", Execution, |v| reserved(v, Word::Proc)),
     check("proc2-reserved", Execution, proc2_reserved),
@@ -25,7 +41,6 @@ pub(super) const CHECKS: &[Check] = &[
     check("msr-bitmap-address", Execution, msr_bitmap_address),
     check("virtual-apic-address", Execution, virtual_apic_address),
     check("tpr-threshold-reserved", Execution, tpr_threshold_reserved),
-    check("tpr-threshold-above-vtpr", Execution, tpr_threshold_above_vtpr),
     check("virtual-nmis-need-nmi-exiting", Execution, virtual_nmis),
     check("nmi-window-needs-virtual-nmis", Execution, nmi_window),
     check("apic-access-address", Execution, apic_access_address),
@@ -62,13 +77,17 @@ pub(super) const CHECKS: &[Check] = &[
     check("exit-msr-store-area", Exit, |v| msr_area(v, Field::ExitMsrStoreCount, Field::ExitMsrStoreAddress)),
     check("exit-msr-load-area", Exit, |v| msr_area(v, Field::ExitMsrLoadCount, Field::ExitMsrLoadAddress)),
     check("entry-reserved", Entry, |v| reserved(v, Word::Entry)),
+    check("entry-msr-load-area", Entry, |v| msr_area(v, Field::EntryMsrLoadCount, Field::EntryMsrLoadAddress)),
+];
+
+const CHECKS_EVERY_TIME: &[Check] = &[
+    check("tpr-threshold-above-vtpr", Execution, tpr_threshold_above_vtpr),
     check("event-type", Entry, event_type),
     check("event-vector", Entry, event_vector),
     check("event-error-code-valid", Entry, event_error_code_valid),
     check("event-reserved", Entry, event_reserved),
     check("event-error-code", Entry, event_error_code),
     check("event-instruction-length", Entry, event_instruction_length),
-    check("entry-msr-load-area", Entry, |v| msr_area(v, Field::EntryMsrLoadCount, Field::EntryMsrLoadAddress)),
 ];
 
 /// `address` with bits 11:0 clear, when a control makes it matter.

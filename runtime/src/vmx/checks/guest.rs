@@ -4,17 +4,36 @@
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::paging::bits;
 use twofold_arch::segment::attr;
-use twofold_arch::vmx::control::entry;
+use twofold_arch::vmx::control::{entry, proc};
 use twofold_arch::vmx::{EventType, Field};
 
 use super::Heading::{GuestControl, GuestRip, GuestTables};
-use super::{Check, Detail, View, canonical_field, check, cr0_name, cr4_name, fixed_bit, pat, require};
+use super::{Check, Detail, Table, View, canonical_field, check, cr0_name, cr4_name, fixed_bit, pat, require};
 use crate::cpu::msr::DEBUGCTL_DEFINED;
 
 type Outcome = Result<(), Detail>;
 
-/// In the SDM's order; the checks on segment registers come next.
-pub(super) const CHECKS: &[Check] = &[
+/// The checks whose fields seldom change.
+pub(super) const TABLE: Table = Table {
+    checks: CHECKS,
+    memo: Some(2),
+    watch: &[
+        (Field::GuestDebugctl, Field::GuestEfer),
+        (Field::GuestGdtrLimit, Field::GuestIdtrLimit),
+        (Field::GuestCr0, Field::GuestCr4),
+        (Field::GuestGdtrBase, Field::GuestDr7),
+        (Field::GuestSysenterEsp, Field::GuestSysenterEip),
+    ],
+    also: &[(Field::EntryControls, u64::MAX), (Field::ProcControls, SECONDARY), (Field::Proc2Controls, u64::MAX)],
+};
+
+/// The checks on RIP and RFLAGS.
+pub(super) const EVERY_TIME: Table = Table { checks: CHECKS_EVERY_TIME, memo: None, watch: &[], also: &[] };
+
+const SECONDARY: u64 = proc::SECONDARY as u64;
+
+/// In the SDM's order.
+const CHECKS: &[Check] = &[
     check("guest-cr0-fixed", GuestControl, cr0_fixed),
     check("guest-paging-needs-protection", GuestControl, paging_needs_protection),
     check("guest-cr4-fixed", GuestControl, cr4_fixed),
@@ -29,12 +48,11 @@ pub(super) const CHECKS: &[Check] = &[
     check("guest-efer-reserved", GuestControl, efer_reserved),
     check("guest-efer-lma", GuestControl, efer_lma),
     check("guest-efer-lme", GuestControl, efer_lme),
-];
-
-/// In the SDM's order; the checks on non-register state come next.
-pub(super) const CHECKS_AFTER_SEGMENTS: &[Check] = &[
     check("guest-table-base-canonical", GuestTables, table_bases),
     check("guest-table-limit", GuestTables, table_limits),
+];
+
+const CHECKS_EVERY_TIME: &[Check] = &[
     check("guest-rip-32-bit", GuestRip, rip_32),
     check("guest-rip-canonical", GuestRip, rip_64),
     check("guest-rflags-reserved", GuestRip, rflags_reserved),
@@ -48,10 +66,11 @@ fn cr0_fixed(v: &View<'_>) -> Outcome {
     if v.unrestricted() {
         allowed.must &= !(cr0::PE | cr0::PG);
     }
-    if allowed.admits(v.cr0) {
+    let value = v.get(Field::GuestCr0);
+    if allowed.admits(value) {
         return Ok(());
     }
-    Err(fixed_bit("guest CR0", v.cr0, allowed, cr0_name, ["IA32_VMX_CR0_FIXED0", "IA32_VMX_CR0_FIXED1"]))
+    Err(fixed_bit("guest CR0", value, allowed, cr0_name, ["IA32_VMX_CR0_FIXED0", "IA32_VMX_CR0_FIXED1"]))
 }
 
 fn paging_needs_protection(v: &View<'_>) -> Outcome {
@@ -194,7 +213,7 @@ fn rip_64(v: &View<'_>) -> Outcome {
 }
 
 fn rflags_reserved(v: &View<'_>) -> Outcome {
-    let value = v.rflags;
+    let value = v.rflags();
     let reserved = value & !(rflags::ARITH | rflags::SYS | rflags::FIXED1);
     require!(reserved == 0, "guest RFLAGS {value:#x} has reserved bits {reserved:#x} set")?;
     require!(value & rflags::FIXED1 != 0, "guest RFLAGS {value:#x} has bit 1 clear")
@@ -204,15 +223,15 @@ fn rflags_vm(v: &View<'_>) -> Outcome {
     require!(
         !v.v86() || (!v.ia32e_guest() && v.cr0(cr0::PE)),
         "guest RFLAGS {:#x} has bit 17 (VM) set, and the guest is in IA-32e mode or not in protected mode",
-        v.rflags
+        v.rflags()
     )
 }
 
 fn rflags_if(v: &View<'_>) -> Outcome {
     let external = v.event().is_some_and(|e| e.kind() == Some(EventType::External));
     require!(
-        !external || v.rflags & rflags::IF != 0,
+        !external || v.rflags() & rflags::IF != 0,
         "guest RFLAGS {:#x} has bit 9 (IF) clear while an external interrupt is injected",
-        v.rflags
+        v.rflags()
     )
 }

@@ -7,13 +7,24 @@ use twofold_arch::vmx::control::{entry, exit};
 use twofold_arch::{LinearAddr, paging};
 
 use super::Heading::{AddressSpace, HostControl, HostSegments};
-use super::{Check, Detail, View, canonical_field, check, cr0_name, cr4_name, fixed_bit, pat, require};
+use super::{Check, Detail, Table, View, canonical_field, check, cr0_name, cr4_name, fixed_bit, pat, require};
 
 type Outcome = Result<(), Detail>;
 
+pub(super) const TABLE: Table = Table {
+    checks: CHECKS,
+    memo: Some(1),
+    watch: &[
+        (Field::HostEsSelector, Field::HostTrSelector),
+        (Field::HostPat, Field::HostPkrs),
+        (Field::HostCr0, Field::HostRip),
+    ],
+    also: &[(Field::ExitControls, u64::MAX), (Field::EntryControls, u64::MAX)],
+};
+
 /// In the SDM's order. That "IA-32e mode guest" is 0 when "host address-space size" is, follows from the two checks on the
 /// mode in which VM entry begins.
-pub(super) const CHECKS: &[Check] = &[
+const CHECKS: &[Check] = &[
     check("host-cr0-fixed", HostControl, cr0_fixed),
     check("host-cr4-fixed", HostControl, cr4_fixed),
     check("host-cr3-width", HostControl, cr3_width),

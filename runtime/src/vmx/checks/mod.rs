@@ -1,13 +1,16 @@
 //! The checks of VM entry, one small function each, in tables in the SDM's order (SDM Vol 3C, "VM Entries").
 //!
 //! Place in the pipeline: VMLAUNCH and VMRESUME call [`controls`], [`host`] and [`guest`] in this order; the first check
-//! that fails makes a [`Failed`], which says what the instruction does and, in words, what is wrong. Invariants: checks
+//! that fails makes a [`Failed`], which says what the instruction does and, in words, what is wrong. A [`Memo`] spares the
+//! checks of what has not changed since the last entry. Invariants: checks
 //! only read; a check that looks at what an earlier one has refused passes, so that one wrong thing fails one check;
 //! whatever a VMCS holds, none panics. What belongs to a control that [`super::caps::ROWS`] does not have, has no check
 //! of its own: the control is reserved.
 
 use std::cell::OnceCell;
 use std::fmt;
+#[cfg(test)]
+use std::{cell::RefCell, collections::BTreeSet};
 
 use twofold_arch::control::{cr0, cr4, rflags};
 use twofold_arch::paging::bits;
@@ -22,12 +25,14 @@ use super::caps::{Allowed, Caps};
 mod controls;
 mod guest;
 mod host;
+mod memo;
 mod msr_area;
 mod nonregister;
 mod segments;
 #[cfg(test)]
 mod tests;
 
+pub use memo::{Memo, Table};
 pub use msr_area::{MsrArea, msr_entry};
 
 /// What is wrong, in words.
@@ -122,6 +127,19 @@ impl fmt::Display for Failed {
     }
 }
 
+/// A check that failed, before it is known what follows.
+struct Refused {
+    check: &'static Check,
+    detail: Detail,
+}
+
+impl Refused {
+    fn with(self, outcome: impl FnOnce(&str) -> Outcome) -> Failed {
+        let Check { name, heading, .. } = *self.check;
+        Failed { name, heading, detail: self.detail, outcome: outcome(name) }
+    }
+}
+
 impl Failed {
     /// Entry `number` (the first is 1) of the VM-entry MSR-load area was refused.
     #[must_use]
@@ -154,6 +172,9 @@ pub struct View<'a> {
     rflags: u64,
     cr0: u64,
     pdptes: OnceCell<[u64; 4]>,
+    segments: OnceCell<[GuestSegment; 8]>,
+    #[cfg(test)]
+    seen: RefCell<BTreeSet<Field>>,
 }
 
 impl fmt::Debug for View<'_> {
@@ -181,23 +202,38 @@ impl<'a> View<'a> {
             rflags: vmcs.get(Field::GuestRflags),
             cr0: vmcs.get(Field::GuestCr0),
             pdptes: OnceCell::new(),
+            segments: OnceCell::new(),
+            #[cfg(test)]
+            seen: RefCell::default(),
         }
     }
 
+    /// In tests: notes that a check looks at the field.
+    #[inline]
+    fn look(&self, field: Field) {
+        let _ = field;
+        #[cfg(test)]
+        self.seen.borrow_mut().insert(field);
+    }
     #[inline]
     fn get(&self, field: Field) -> u64 {
+        self.look(field);
         self.vmcs.get(field)
     }
     #[inline]
     fn pin(&self, control: u32) -> bool {
+        self.look(Field::PinControls);
         self.pin & control != 0
     }
     #[inline]
     fn proc(&self, control: u32) -> bool {
+        self.look(Field::ProcControls);
         self.proc & control != 0
     }
     #[inline]
     fn proc2(&self, control: u32) -> bool {
+        self.look(Field::ProcControls);
+        self.look(Field::Proc2Controls);
         self.proc2 & control != 0
     }
     #[inline]
@@ -206,10 +242,11 @@ impl<'a> View<'a> {
     }
     #[inline]
     fn exit(&self, control: u32) -> bool {
-        self.vmcs.get32(Field::ExitControls) & control != 0
+        self.get(Field::ExitControls) & u64::from(control) != 0
     }
     #[inline]
     fn entry(&self, control: u32) -> bool {
+        self.look(Field::EntryControls);
         self.entry & control != 0
     }
     /// The guest will be in IA-32e mode.
@@ -220,7 +257,12 @@ impl<'a> View<'a> {
     /// The guest will be in virtual-8086 mode.
     #[inline]
     fn v86(&self) -> bool {
-        self.rflags & rflags::VM != 0
+        self.rflags() & rflags::VM != 0
+    }
+    #[inline]
+    fn rflags(&self) -> u64 {
+        self.look(Field::GuestRflags);
+        self.rflags
     }
     #[inline]
     fn unrestricted(&self) -> bool {
@@ -228,12 +270,13 @@ impl<'a> View<'a> {
     }
     #[inline]
     fn cr0(&self, bit: u64) -> bool {
+        self.look(Field::GuestCr0);
         self.cr0 & bit != 0
     }
     /// The event to be injected.
     #[inline]
     fn event(&self) -> Option<InterruptionInfo> {
-        let info = InterruptionInfo(self.vmcs.get32(Field::EntryInterruptionInfo));
+        let info = InterruptionInfo(self.get(Field::EntryInterruptionInfo) as u32);
         info.is_valid().then_some(info)
     }
     /// A linear address that a register of this processor can hold.
@@ -271,15 +314,25 @@ impl<'a> View<'a> {
         })
     }
 
-    fn segment(&self, reg: SegReg) -> GuestSegment {
-        let n = reg as usize;
-        GuestSegment {
-            reg,
-            selector: self.get(Field::guest_selector(n)),
-            base: self.get(Field::guest_base(n)),
-            limit: self.vmcs.get32(Field::guest_limit(n)),
-            rights: self.vmcs.get32(Field::guest_access_rights(n)),
+    /// Guest segment register `reg`.
+    fn segment(&self, reg: SegReg) -> &GuestSegment {
+        #[cfg(test)]
+        for field in [Field::guest_selector, Field::guest_base, Field::guest_limit, Field::guest_access_rights] {
+            self.look(field(reg as usize));
         }
+        let all = self.segments.get_or_init(|| {
+            SegReg::ALL.map(|reg| {
+                let n = reg as usize;
+                GuestSegment {
+                    reg,
+                    selector: self.vmcs.get(Field::guest_selector(n)),
+                    base: self.vmcs.get(Field::guest_base(n)),
+                    limit: self.vmcs.get32(Field::guest_limit(n)),
+                    rights: self.vmcs.get32(Field::guest_access_rights(n)),
+                }
+            })
+        });
+        &all[reg as usize]
     }
 }
 
@@ -443,57 +496,52 @@ fn canonical_field(v: &View<'_>, field: Field) -> Result<(), Detail> {
     require!(v.canonical(value), "{} {value:#x} is not canonical", field.name())
 }
 
-fn first(table: &[Check], v: &View<'_>) -> Option<(&'static str, Heading, Detail)> {
-    table.iter().find_map(|c| (c.run)(v).err().map(|detail| (c.name, c.heading, detail)))
-}
-
 /// The checks on VMX controls.
 ///
 /// # Errors
 /// The first that fails: VMfailValid(7).
-pub fn controls(v: &View<'_>) -> Result<(), Failed> {
-    match first(controls::CHECKS, v) {
-        None => Ok(()),
-        Some((name, heading, detail)) => {
-            Err(Failed { name, heading, detail, outcome: Outcome::Fail(VmError::EntryControls) })
-        }
-    }
+pub fn controls(v: &View<'_>, memo: &mut Memo) -> Result<(), Failed> {
+    memo.run(v, &[&controls::TABLE, &controls::EVERY_TIME])
+        .map_err(|failed| failed.with(|_| Outcome::Fail(VmError::EntryControls)))
 }
 
 /// The checks on the host-state area, the address-space size included.
 ///
 /// # Errors
 /// The first that fails: VMfailValid(8).
-pub fn host(v: &View<'_>) -> Result<(), Failed> {
-    match first(host::CHECKS, v) {
-        None => Ok(()),
-        Some((name, heading, detail)) => {
-            Err(Failed { name, heading, detail, outcome: Outcome::Fail(VmError::EntryHostState) })
-        }
-    }
+pub fn host(v: &View<'_>, memo: &mut Memo) -> Result<(), Failed> {
+    memo.run(v, &[&host::TABLE]).map_err(|failed| failed.with(|_| Outcome::Fail(VmError::EntryHostState)))
 }
 
 /// The checks on the guest-state area.
 ///
 /// # Errors
 /// The first that fails: a VM-entry failure with exit reason 33.
-pub fn guest(v: &View<'_>) -> Result<(), Failed> {
-    let failed = [guest::CHECKS, segments::CHECKS, guest::CHECKS_AFTER_SEGMENTS, nonregister::CHECKS]
-        .iter()
-        .find_map(|table| first(table, v));
-    let Some((name, heading, detail)) = failed else { return Ok(()) };
-    let qualification = match name {
-        "guest-link-pointer" => EntryFailure::LinkPointer,
-        "guest-pdptes" => EntryFailure::Pdpte,
-        _ => EntryFailure::Other,
-    };
-    let outcome = Outcome::Exit { reason: ExitReason::EntryGuestState, qualification: qualification as u64 };
-    Err(Failed { name, heading, detail, outcome })
+pub fn guest(v: &View<'_>, memo: &mut Memo) -> Result<(), Failed> {
+    memo.run(v, &[&guest::TABLE, &segments::TABLE, &guest::EVERY_TIME, &nonregister::EVERY_TIME]).map_err(|failed| {
+        failed.with(|name| {
+            let qualification = match name {
+                "guest-link-pointer" => EntryFailure::LinkPointer,
+                "guest-pdptes" => EntryFailure::Pdpte,
+                _ => EntryFailure::Other,
+            };
+            Outcome::Exit { reason: ExitReason::EntryGuestState, qualification: qualification as u64 }
+        })
+    })
 }
+
+/// The tables of checks, in the order in which they are made.
+pub const TABLES: [&Table; 7] = [
+    &controls::TABLE,
+    &controls::EVERY_TIME,
+    &host::TABLE,
+    &guest::TABLE,
+    &segments::TABLE,
+    &guest::EVERY_TIME,
+    &nonregister::EVERY_TIME,
+];
 
 /// Every check, in the order in which they are made.
 pub fn all() -> impl Iterator<Item = &'static Check> {
-    [controls::CHECKS, host::CHECKS, guest::CHECKS, segments::CHECKS, guest::CHECKS_AFTER_SEGMENTS, nonregister::CHECKS]
-        .into_iter()
-        .flatten()
+    TABLES.into_iter().flat_map(|t| t.checks)
 }

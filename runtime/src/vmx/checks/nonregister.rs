@@ -4,22 +4,25 @@
 //! That an NMI is injected while blocking by STI is in effect is one of the things the SDM leaves to the processor; this one
 //! allows it, so the exit qualification 3 does not occur.
 
-use twofold_arch::SegReg::Ss;
 use twofold_arch::control::rflags;
 use twofold_arch::paging::{P, pdpte_reserved};
+use twofold_arch::segment::attr;
 use twofold_arch::vmx::control::{pin, proc2};
 use twofold_arch::vmx::event::{activity, debugctl, interruptibility, pending_debug};
 use twofold_arch::vmx::msr::misc;
 use twofold_arch::vmx::{EventType, Field, NO_VMCS, SHADOW_VMCS};
 
 use super::Heading::{GuestNonRegister, GuestPdptes};
-use super::{Check, Detail, View, address, check, require};
+use super::{Check, Detail, Table, View, address, check, require};
 use crate::vmx::caps::REVISION;
 
 type Outcome = Result<(), Detail>;
 
+/// All of them each time: injection, blocking and activity change from entry to entry, and the rest reads memory.
+pub(super) const EVERY_TIME: Table = Table { checks: CHECKS, memo: None, watch: &[], also: &[] };
+
 /// In the SDM's order.
-pub(super) const CHECKS: &[Check] = &[
+const CHECKS: &[Check] = &[
     check("guest-activity", GuestNonRegister, activity_supported),
     check("guest-hlt-dpl", GuestNonRegister, hlt_dpl),
     check("guest-activity-blocking", GuestNonRegister, activity_blocking),
@@ -40,7 +43,7 @@ pub(super) const CHECKS: &[Check] = &[
 ];
 
 fn activity_state(v: &View<'_>) -> u32 {
-    v.vmcs.get32(Field::GuestActivity)
+    v.get(Field::GuestActivity) as u32
 }
 
 fn activity_supported(v: &View<'_>) -> Outcome {
@@ -56,13 +59,14 @@ fn activity_supported(v: &View<'_>) -> Outcome {
 }
 
 fn hlt_dpl(v: &View<'_>) -> Outcome {
-    let dpl = v.segment(Ss).dpl();
+    // Not v.segment(): that gathers all eight registers.
+    let dpl = v.get(Field::GuestSsAccessRights) >> attr::DPL_SHIFT & 3;
     require!(activity_state(v) != activity::HLT || dpl == 0, "guest activity state is HLT while DPL of SS is {dpl}")
 }
 
 /// Blocking by STI or MOV SS.
 fn blocked(v: &View<'_>, by: u32) -> bool {
-    v.vmcs.get32(Field::GuestInterruptibility) & by != 0
+    v.get(Field::GuestInterruptibility) & u64::from(by) != 0
 }
 
 fn activity_blocking(v: &View<'_>) -> Outcome {
@@ -106,9 +110,9 @@ fn sti_and_mov_ss(v: &View<'_>) -> Outcome {
 
 fn sti_if(v: &View<'_>) -> Outcome {
     require!(
-        !blocked(v, interruptibility::STI) || v.rflags & rflags::IF != 0,
+        !blocked(v, interruptibility::STI) || v.rflags() & rflags::IF != 0,
         "guest interruptibility state has blocking by STI while guest RFLAGS {:#x} has bit 9 (IF) clear",
-        v.rflags
+        v.rflags()
     )
 }
 
@@ -164,7 +168,7 @@ fn pending_debug_bs(v: &View<'_>) -> Outcome {
     if !held {
         return Ok(());
     }
-    let steps = v.rflags & rflags::TF != 0 && v.get(Field::GuestDebugctl) & debugctl::BTF == 0;
+    let steps = v.rflags() & rflags::TF != 0 && v.get(Field::GuestDebugctl) & debugctl::BTF == 0;
     let value = v.get(Field::GuestPendingDebug);
     require!(
         steps == (value & pending_debug::BS != 0),

@@ -4,16 +4,36 @@
 //! registers have three rules of their own and none of the others.
 
 use twofold_arch::SegReg::{self, Cs, Ds, Es, Fs, Gs, Ldtr, Ss, Tr};
-use twofold_arch::control::cr0;
+use twofold_arch::control::{cr0, rflags};
 use twofold_arch::segment::attr;
+use twofold_arch::vmx::Field;
+use twofold_arch::vmx::control::{entry, proc, proc2};
 
 use super::Heading::GuestSegments;
-use super::{Check, Detail, GuestSegment, View, check, require};
+use super::{Check, Detail, GuestSegment, Table, View, check, require};
 
 type Outcome = Result<(), Detail>;
 
+pub(super) const TABLE: Table = Table {
+    checks: CHECKS,
+    memo: Some(3),
+    watch: &[
+        (Field::GuestEsSelector, Field::GuestTrSelector),
+        (Field::GuestEsLimit, Field::GuestTrLimit),
+        (Field::GuestEsAccessRights, Field::GuestTrAccessRights),
+        (Field::GuestEsBase, Field::GuestTrBase),
+    ],
+    also: &[
+        (Field::EntryControls, entry::IA32E_MODE_GUEST as u64),
+        (Field::ProcControls, proc::SECONDARY as u64),
+        (Field::Proc2Controls, proc2::UNRESTRICTED_GUEST as u64),
+        (Field::GuestRflags, rflags::VM),
+        (Field::GuestCr0, cr0::PE),
+    ],
+};
+
 /// In the SDM's order: selectors, bases, limits, then access rights by their parts.
-pub(super) const CHECKS: &[Check] = &[
+const CHECKS: &[Check] = &[
     check("guest-tr-ti", GuestSegments, tr_ti),
     check("guest-ldtr-ti", GuestSegments, ldtr_ti),
     check("guest-ss-rpl", GuestSegments, ss_rpl),
@@ -71,7 +91,7 @@ impl GuestSegment {
 
 /// Runs a rule over the registers of `regs` whose access rights count.
 fn each<const N: usize>(v: &View<'_>, regs: [SegReg; N], rule: impl Fn(&GuestSegment) -> Outcome) -> Outcome {
-    regs.into_iter().map(|reg| v.segment(reg)).filter(|s| s.counts(v)).try_for_each(|s| rule(&s))
+    regs.into_iter().map(|reg| v.segment(reg)).filter(|s| s.counts(v)).try_for_each(rule)
 }
 
 // ---- selectors, bases, limits -----------------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ fn granularity(v: &View<'_>) -> Outcome {
 // ---- access rights of TR and LDTR -------------------------------------------------------------------------------------
 
 /// A system segment register whose access rights count: TR always, LDTR when usable.
-fn system(v: &View<'_>, reg: SegReg) -> Option<GuestSegment> {
+fn system<'a>(v: &'a View<'_>, reg: SegReg) -> Option<&'a GuestSegment> {
     let s = v.segment(reg);
     (reg == Tr || s.usable()).then_some(s)
 }
