@@ -4,6 +4,7 @@
 mod events;
 mod guests;
 mod instructions;
+mod mutation;
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;
