@@ -46,6 +46,9 @@ const PROGRAMS: &[&[u8]] = &[
     &[0xfb, 0xf4, 0x8e, 0xd0, 0x90, 0xf3, 0xaa],
 ];
 
+/// MSRs for the areas: good, checked, and refused ones.
+const MSRS: [u64; 8] = [0x10, 0x174, 0x277, 0xc000_0080, 0xc000_0082, 0xc000_0102, 0x808, 0x480];
+
 /// What became of a run.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum End {
@@ -92,7 +95,7 @@ fn g3_g4_damaged_vmcs_never_panics() {
                 set(&mut v, word.field(), old ^ bits & !allowed.must);
             }
         }
-        if n.below(3) == 0 {
+        if n.below(6) == 0 {
             set(&mut v, Field::ExceptionBitmap, 0xffff_ffff);
         }
         for _ in 0..n.below(4) {
@@ -112,7 +115,7 @@ fn g3_g4_damaged_vmcs_never_panics() {
                 set(&mut v, count, entries);
                 set(&mut v, at, place);
                 for i in 0..8 {
-                    let msr = [0x10, 0x174, 0x277, 0xc000_0080, 0xc000_0082, 0xc000_0102, 0x808, 0x480][n.below(8) as usize];
+                    let msr = MSRS[n.below(MSRS.len() as u64) as usize];
                     let value = n.odd(0);
                     poke64(&v, AREA + 16 * i, msr);
                     poke64(&v, AREA + 16 * i + 8, value);
@@ -128,7 +131,7 @@ fn g3_g4_damaged_vmcs_never_panics() {
     }
     let exits = ends.iter().filter(|e| matches!(e, End::Exit(r) if r >> 31 == 0)).count();
     // The damage is not so great that nothing else happens.
-    assert!(exits >= 12, "{ends:?}");
+    assert!(exits >= 8, "{ends:?}");
     for expected in [End::Fail(7), End::Fail(8), End::Exit(0x8000_0021), End::Exit(0x8000_0022)] {
         assert!(ends.contains(&expected), "{expected:?} is not in {ends:?}");
     }
