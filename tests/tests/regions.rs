@@ -4,8 +4,8 @@ mod support;
 
 use std::time::Duration;
 
-use iced_x86::{BlockEncoderOptions, IcedError};
 use iced_x86::code_asm::*;
+use iced_x86::{BlockEncoderOptions, IcedError};
 use support::{scratch, twofold_with};
 
 const BASE: u32 = 0x10_0000;
@@ -107,7 +107,8 @@ fn check(by_string: bool) {
     std::fs::write(&file, guest(by_string).expect("it assembles")).expect("written");
     let file = file.to_str().expect("UTF-8 path");
     for tier in ["eval", "quick", "opt", "auto"] {
-        let args = ["run", "--kernel", file, "--memory", "16M", "--serial", "none", "--debugcon", "stdio", "--tier", tier];
+        let args =
+            ["run", "--kernel", file, "--memory", "16M", "--serial", "none", "--debugcon", "stdio", "--tier", tier];
         let run = twofold_with(&args, Duration::from_secs(120));
         run.expect_status(1);
         assert!(run.stdout.contains(&expected()), "{tier}: want {}:\n{}", expected(), run.shown());

@@ -61,7 +61,8 @@ impl Graph {
     fn new(blocks: &[Block], slots: &Slots) -> Self {
         let by_start = blocks.iter().enumerate().map(|(i, b)| (b.start(), i)).collect();
         let mut g = Self { by_start, checked: Vec::new(), dirty: vec![0; blocks.len()] };
-        let edges: Vec<Vec<usize>> = blocks.iter().map(|b| exits(b).filter_map(|(e, n)| g.target(e, n)).collect()).collect();
+        let edges: Vec<Vec<usize>> =
+            blocks.iter().map(|b| exits(b).filter_map(|(e, n)| g.target(e, n)).collect()).collect();
         // Depth first from the root: an edge to a block that is still open closes a cycle.
         let (mut color, mut stack) = (vec![0u8; blocks.len()], vec![(0, 0)]);
         color[0] = 1;
@@ -182,17 +183,8 @@ pub(crate) fn lower_region(
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
-    let l = Lowering {
-        cur,
-        block: root,
-        buf,
-        out: &mut out,
-        state,
-        full,
-        trusted,
-        guest: vector,
-        signatures: Vec::new(),
-    };
+    let l =
+        Lowering { cur, block: root, buf, out: &mut out, state, full, trusted, guest: vector, signatures: Vec::new() };
     let mut r = RegionLowering {
         l,
         blocks,
@@ -379,7 +371,7 @@ impl RegionLowering<'_> {
     }
 }
 
-/// The width in bytes of a slot's type.
+/// Whether a slot holds a vector.
 fn is_vector(ty: cranelift_codegen::ir::Type) -> bool {
     ty == V
 }

@@ -94,7 +94,7 @@ impl RegionLowering<'_> {
     }
 
     /// Ends the way of a hit with `fast` and goes to the slow one.
-    fn to_slow(&mut self, p: &Probed, fast: Option<Clif>) {
+    fn end_fast(&mut self, p: &Probed, fast: Option<Clif>) {
         let opens = p.opens.map(|o| o.1);
         let args: Vec<BlockArg> = fast.into_iter().chain(opens).map(BlockArg::Value).collect();
         self.l.cur.ins().jump(p.next, &args);
@@ -126,7 +126,7 @@ impl RegionLowering<'_> {
             Ty::I32 => ins.uload32(guest, host, 0),
             Ty::I64 | Ty::V128 => ins.load(t, guest, host, 0),
         };
-        self.to_slow(&p, Some(fast));
+        self.end_fast(&p, Some(fast));
         let vector = ty == Ty::V128;
         let slow = if let Some(thunk) = self.slow_thunk(&p, role != Role::Alone) {
             let shape = Shape { vec_rets: u8::from(vector), ..Shape::call(2, 2) };
@@ -159,7 +159,7 @@ impl RegionLowering<'_> {
         let p = self.probe(role, AccessKind::Store, ty, flags, addr, None);
         let x = if ty == Ty::V128 { self.l.cast(x, V) } else { x };
         self.l.cur.ins().store(self.guest, x, p.host, 0);
-        self.to_slow(&p, None);
+        self.end_fast(&p, None);
         let vector = ty == Ty::V128;
         let shape = |ints: u8, rets: u8| match vector {
             true => Shape { vecs: 1, ..Shape::call(ints - 1, rets) },
@@ -215,7 +215,7 @@ impl RegionLowering<'_> {
         fast: Clif,
         args: &[Clif],
     ) -> Result<(), CompileError> {
-        self.to_slow(p, Some(fast));
+        self.end_fast(p, Some(fast));
         let info = self.l.const64(p.info.0);
         let args = &[&args[..1], &[info], &args[1..]].concat();
         let thunk = Thunk::slow(kind, false, self.l.full);

@@ -36,14 +36,15 @@ fn field(ty: Ty, loc: Loc) -> Option<(u16, u16)> {
         (loc.0 & !7, 8)
     } else if (Loc::CC_OP.0..Loc::CC_OP.0 + 4).contains(&loc.0) {
         (Loc::CC_OP.0, 4)
-    } else if VECS.contains(&loc.0) && loc.0 % n == 0 {
+    } else if VECS.contains(&loc.0) && loc.0.is_multiple_of(n) {
         (loc.0 & !15, 16)
     } else {
         return None;
     };
     (loc.0 + n <= start + size).then_some((start, size))
 }
-const _: () = assert!(Loc::gpr(0).0 % 8 == 0 && Loc::CC_DST.0 % 8 == 0 && Loc::xmm(0).0 % 16 == 0);
+const _: () =
+    assert!(Loc::gpr(0).0.is_multiple_of(8) && Loc::CC_DST.0.is_multiple_of(8) && Loc::xmm(0).0.is_multiple_of(16));
 
 impl Slots {
     pub fn new(blocks: &[Block]) -> Self {
