@@ -16,6 +16,7 @@
 
 use twofold_arch::PhysAddr;
 use twofold_mmu::PhysMap;
+use twofold_mmu::physmap::HIGH_RAM_BASE;
 
 use super::SymbolTable;
 
@@ -30,7 +31,7 @@ const BEHIND: u64 = 16 << 20;
 /// The kernel's code and read-only data are not farther apart.
 const NEAR: u64 = 64 << 20;
 /// Memory looked at when the kernel is not where it was expected.
-const MOST_SCANNED: u64 = 4 << 30;
+const MOST_SCANNED: u64 = 8 << 30;
 /// Candidates looked at closely.
 const MOST_TRIED: usize = 16;
 /// Symbols in a kernel, at most.
@@ -41,15 +42,14 @@ const LONGEST_TOKEN: usize = 256;
 /// Finds the table in guest memory, first around `near`, physical addresses of kernel code. `wide`: 64-bit pointers.
 #[must_use]
 pub fn find(map: &PhysMap, near: &[PhysAddr], wide: bool) -> Option<SymbolTable> {
-    let end = map.high_ram_end().0.max(map.low_ram_end().0);
+    let (low, high) = ((0, map.low_ram_end().0), (HIGH_RAM_BASE, map.high_ram_end().0));
+    let around = near.iter().map(|hint| (hint.0.saturating_sub(NEAR) & !0xfff, hint.0.saturating_add(NEAR)));
+    let everywhere = std::iter::once((0, MOST_SCANNED));
     let mut tried = 0;
-    for hint in near {
-        let from = hint.0.saturating_sub(NEAR) & !0xfff;
-        if let Some(found) = scan(map, from, hint.0.saturating_add(NEAR).min(end), wide, &mut tried) {
-            return Some(found);
-        }
-    }
-    scan(map, 0, end.min(MOST_SCANNED), wide, &mut tried)
+    around.chain(everywhere).find_map(|(from, to)| {
+        let in_low = scan(map, from.max(low.0), to.min(low.1), wide, &mut tried);
+        in_low.or_else(|| scan(map, from.max(high.0), to.min(high.1), wide, &mut tried))
+    })
 }
 
 fn scan(map: &PhysMap, from: u64, to: u64, wide: bool, tried: &mut usize) -> Option<SymbolTable> {
