@@ -6,3 +6,5 @@ pub mod generate;
 pub mod native;
 #[cfg(target_arch = "x86_64")]
 pub mod oracle;
+
+pub mod guest;
