@@ -84,7 +84,22 @@ impl CcOp {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum CondCode {
-    O, No, B, Nb, Z, Nz, Be, Nbe, S, Ns, P, Np, L, Nl, Le, Nle,
+    O,
+    No,
+    B,
+    Nb,
+    Z,
+    Nz,
+    Be,
+    Nbe,
+    S,
+    Ns,
+    P,
+    Np,
+    L,
+    Nl,
+    Le,
+    Nle,
 }
 
 impl CondCode {

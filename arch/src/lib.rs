@@ -16,8 +16,8 @@ pub mod regs;
 pub mod segment;
 pub mod state;
 pub mod string_op;
-pub mod vector_op;
 pub mod tbflags;
+pub mod vector_op;
 pub mod vmx;
 
 pub use addr::{GuestPhysAddr, LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};

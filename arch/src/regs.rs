@@ -5,7 +5,22 @@
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum Gpr {
-    Rax, Rcx, Rdx, Rbx, Rsp, Rbp, Rsi, Rdi, R8, R9, R10, R11, R12, R13, R14, R15,
+    Rax,
+    Rcx,
+    Rdx,
+    Rbx,
+    Rsp,
+    Rbp,
+    Rsi,
+    Rdi,
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
 }
 
 impl Gpr {
@@ -24,7 +39,14 @@ impl Gpr {
 #[repr(u8)]
 #[allow(missing_docs)]
 pub enum SegReg {
-    Es, Cs, Ss, Ds, Fs, Gs, Ldtr, Tr,
+    Es,
+    Cs,
+    Ss,
+    Ds,
+    Fs,
+    Gs,
+    Ldtr,
+    Tr,
 }
 
 impl SegReg {

@@ -239,7 +239,8 @@ impl Loc {
     /// Selector of segment register `n` (encoding order), 16 bits.
     #[must_use]
     pub const fn seg_selector(n: u8) -> Loc {
-        Loc((offset_of!(CpuState, seg) + (n & 7) as usize * size_of::<Segment>() + offset_of!(Segment, selector)) as u16)
+        Loc((offset_of!(CpuState, seg) + (n & 7) as usize * size_of::<Segment>() + offset_of!(Segment, selector))
+            as u16)
     }
     /// Vector scratch `n` (0..4), 256 bits.
     #[must_use]
@@ -317,7 +318,8 @@ impl CpuState {
     #[must_use]
     pub fn rflags(&self) -> u64 {
         use crate::control::rflags;
-        let arith = crate::flags::arith_flags(crate::flags::CcOp(self.cc_op as u8), self.cc_dst, self.cc_src, self.cc_src2);
+        let arith =
+            crate::flags::arith_flags(crate::flags::CcOp(self.cc_op as u8), self.cc_dst, self.cc_src, self.cc_src2);
         arith | (self.rflags_sys & rflags::SYS) | rflags::FIXED1
     }
 

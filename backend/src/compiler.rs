@@ -222,7 +222,11 @@ impl Compiler {
 }
 
 /// Takes out of Cranelift's buffer what `assemble` needs.
-pub(crate) fn emitted(func: &Function, buffer: &MachBufferFinalized<Final>, exits: usize) -> Result<Emitted, CompileError> {
+pub(crate) fn emitted(
+    func: &Function,
+    buffer: &MachBufferFinalized<Final>,
+    exits: usize,
+) -> Result<Emitted, CompileError> {
     let names = func.params.user_named_funcs();
     let locations = buffer.get_srclocs_sorted();
     let mut e = Emitted { code: buffer.data().to_vec(), ..Emitted::default() };

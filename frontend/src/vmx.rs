@@ -269,8 +269,14 @@ fn info(insn: &Instruction, bitness: u32) -> u32 {
         Mnemonic::Vmread => reg(0) << 3 | 1 << 10 | reg(1) << 28,
         Mnemonic::Vmwrite if has_memory(insn) => memory_bits(insn) | reg(0) << 28,
         Mnemonic::Vmwrite => reg(1) << 3 | 1 << 10 | reg(0) << 28,
-        Mnemonic::Vmclear | Mnemonic::Vmptrld | Mnemonic::Vmptrst | Mnemonic::Vmxon | Mnemonic::Xsaves
-        | Mnemonic::Xsaves64 | Mnemonic::Xrstors | Mnemonic::Xrstors64 => memory_bits(insn),
+        Mnemonic::Vmclear
+        | Mnemonic::Vmptrld
+        | Mnemonic::Vmptrst
+        | Mnemonic::Vmxon
+        | Mnemonic::Xsaves
+        | Mnemonic::Xsaves64
+        | Mnemonic::Xrstors
+        | Mnemonic::Xrstors64 => memory_bits(insn),
         _ => 0,
     }
 }

@@ -150,7 +150,8 @@ mod tests {
     fn the_last_block_at_a_place_has_it() {
         let piece = |start, len, rip| Piece { at: 0, start, len, code: Vec::new(), what: What::Block(rip) };
         let pieces = [piece(0x100, 0x40, 1), piece(0x140, 0x20, 2), piece(0x160, 0x20, 3), piece(0x120, 0x30, 4)];
-        let left: Vec<u64> = last_of_each(&pieces).iter().map(|p| if let What::Block(rip) = p.what { rip } else { 0 }).collect();
+        let left: Vec<u64> =
+            last_of_each(&pieces).iter().map(|p| if let What::Block(rip) = p.what { rip } else { 0 }).collect();
         assert_eq!(left, [4, 3]);
     }
 }

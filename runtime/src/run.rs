@@ -14,7 +14,7 @@ use crate::config::{Config, DebugItem, OnReset, StopReason};
 use crate::cpu::{self, CpuModel};
 use crate::exec::{self, RunEnd, Waker};
 use crate::platform::clock::Clock;
-use crate::platform::{MMIO_REGIONS, debug, Outcome, Platform};
+use crate::platform::{MMIO_REGIONS, Outcome, Platform, debug};
 use crate::profile::PerfLog;
 use crate::stats::{self, RunFacts};
 use crate::symbols::{SymbolTable, Symbols};
@@ -153,7 +153,8 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
     if let Some(log) = vcpu.jit.perf.take() {
         let (written, found) = log.finish(vcpu);
         symbols = found;
-        profile = Some(written.map_err(|e| Error::Usage(format!("--perf: cannot write in /tmp: {e}; make room there")))?);
+        profile =
+            Some(written.map_err(|e| Error::Usage(format!("--perf: cannot write in /tmp: {e}; make room there")))?);
     }
     let stats = config.stats.is_some().then(|| {
         symbols.resolve(vcpu);
@@ -311,8 +312,12 @@ impl Machine {
 
 fn open_trace(config: &Config) -> Result<Trace, Error> {
     let Some(path) = &config.trace_file else { return Ok(Trace::default()) };
-    let file = std::fs::File::create(path)
-        .map_err(|e| Error::Usage(format!("--trace-file: cannot create {}: {e}; name a file in a directory you may write to", path.display())))?;
+    let file = std::fs::File::create(path).map_err(|e| {
+        Error::Usage(format!(
+            "--trace-file: cannot create {}: {e}; name a file in a directory you may write to",
+            path.display()
+        ))
+    })?;
     Ok(Trace::new(Box::new(std::io::BufWriter::new(file))))
 }
 
@@ -325,7 +330,10 @@ struct Usage {
 fn usage() -> Usage {
     // Peak resident set and processor time as /proc tells them; 0 where there is no /proc.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).and_then(|v| v.trim().strip_suffix("kB")?.trim().parse().ok());
+    let kib = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:"))
+        .and_then(|v| v.trim().strip_suffix("kB")?.trim().parse().ok());
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
@@ -349,10 +357,23 @@ pub fn dump_registers(vcpu: &Vcpu) -> String {
         t.push('\n');
     }
     for (seg, name) in s.seg.iter().zip(twofold_arch::SegReg::NAMES) {
-        let _ = writeln!(t, "{:<4} {:04x}  base {:016x}  limit {:08x}  attr {:05x}", name.to_uppercase(), seg.selector, seg.base, seg.limit, seg.attr);
+        let _ = writeln!(
+            t,
+            "{:<4} {:04x}  base {:016x}  limit {:08x}  attr {:05x}",
+            name.to_uppercase(),
+            seg.selector,
+            seg.base,
+            seg.limit,
+            seg.attr
+        );
     }
-    let _ = writeln!(t, "GDTR {:016x} {:04x}  IDTR {:016x} {:04x}", s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit);
-    let _ = writeln!(t, "CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:08x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
+    let _ =
+        writeln!(t, "GDTR {:016x} {:04x}  IDTR {:016x} {:04x}", s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit);
+    let _ = writeln!(
+        t,
+        "CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:08x}",
+        s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+    );
     t
 }
 

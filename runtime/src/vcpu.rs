@@ -10,13 +10,16 @@ use twofold_arch::state::FaultRecord;
 use twofold_arch::tbflags::MemMode;
 use twofold_arch::{CpuState, Exception, LinearAddr, PAGE_SIZE, PhysAddr};
 use twofold_mmu::mmu::BytesOutcome;
-use twofold_mmu::{Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, MmuStats, Part, PhysMap, ReadOutcome, Target, WriteOutcome};
+use twofold_mmu::{
+    Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, MmuStats, Part, PhysMap, ReadOutcome, Target,
+    WriteOutcome,
+};
 
 use crate::config::{DebugItem, DebugItems};
 use crate::cpu::{ColdState, CpuModel};
 use crate::exec::counters::{Phase, Profile};
-use crate::exec::turns::Broadcast;
 use crate::exec::dispatch::{PENDING_EXCEPTION, PENDING_VM_EXIT};
+use crate::exec::turns::Broadcast;
 use crate::exec::{Counters, Jit, Waker};
 use crate::platform::{Platform, clock::Clock};
 use crate::trace::Trace;
@@ -56,7 +59,8 @@ impl Trap {
         if record.pending == PENDING_VM_EXIT {
             return Trap::VmExit;
         }
-        let vector = twofold_arch::Vector::from_number(record.vector as u8).unwrap_or(twofold_arch::Vector::InvalidOpcode);
+        let vector =
+            twofold_arch::Vector::from_number(record.vector as u8).unwrap_or(twofold_arch::Vector::InvalidOpcode);
         Trap::Exception(Exception { vector, error: (record.has_error != 0).then_some(record.error), cr2: record.cr2 })
     }
 }
@@ -300,7 +304,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// The exception of the access.
-    pub fn host_span(&mut self, la: LinearAddr, write: bool, on_behalf: MemAs) -> Result<Option<(*mut u8, usize)>, Trap> {
+    pub fn host_span(
+        &mut self,
+        la: LinearAddr,
+        write: bool,
+        on_behalf: MemAs,
+    ) -> Result<Option<(*mut u8, usize)>, Trap> {
         let access = self.access(if write { AccessKind::Write } else { AccessKind::Read }, on_behalf);
         let stack = matches!(on_behalf, MemAs::Stack | MemAs::InnerStack);
         let r = self.mmu.translate(&self.space, la, access);
@@ -325,7 +334,14 @@ impl Vcpu {
     ///
     /// # Errors
     /// The exception of the access; nothing is written then.
-    pub fn write_mode(&mut self, la: LinearAddr, size: u32, value: u64, mode: MemMode, stack: bool) -> Result<(), Trap> {
+    pub fn write_mode(
+        &mut self,
+        la: LinearAddr,
+        size: u32,
+        value: u64,
+        mode: MemMode,
+        stack: bool,
+    ) -> Result<(), Trap> {
         self.watch_access(la, u64::from(size), true);
         self.write_access(la, size, value, Access::write(mode), stack)
     }
@@ -350,7 +366,13 @@ impl Vcpu {
     ///
     /// # Errors
     /// The exception that a write would raise.
-    pub fn resolve_write(&mut self, la: LinearAddr, size: u32, mode: MemMode, stack: bool) -> Result<twofold_mmu::Parts, Trap> {
+    pub fn resolve_write(
+        &mut self,
+        la: LinearAddr,
+        size: u32,
+        mode: MemMode,
+        stack: bool,
+    ) -> Result<twofold_mmu::Parts, Trap> {
         let r = self.mmu.resolve(&self.space, la, size, Access::write(mode));
         self.after_fill(la, Access::write(mode), r.as_ref().err());
         r.map_err(|f| self.trap_of(f, stack))

@@ -173,7 +173,10 @@ fn entry_states_are_what_the_protocols_want() {
         (cs.selector, state.seg[SegReg::Ss as usize].selector, state.seg[SegReg::Ss as usize].limit),
         (0x10, 0x18, u32::MAX)
     );
-    assert_eq!((state.cr0, state.cr3, state.cr4, state.efer), (cr0::PE | cr0::ET | cr0::PG, layout::PAGE_TABLES, cr4::PAE, 0x500));
+    assert_eq!(
+        (state.cr0, state.cr3, state.cr4, state.efer),
+        (cr0::PE | cr0::ET | cr0::PG, layout::PAGE_TABLES, cr4::PAE, 0x500)
+    );
     assert_eq!(state.seg[SegReg::Tr as usize].attr & 0x8f, 0x8b);
 
     EntryState::kernel(EntryMode::Protected32, 0x10_0000).apply(&mut state);

@@ -9,8 +9,8 @@ use std::fmt::Write as _;
 use twofold_arch::control::xcr0;
 use twofold_arch::cpuid::{Feature, Features};
 
-use crate::vmx::caps::{self, Caps, RowSet};
 use crate::platform::clock::{BASE_MHZ, CRYSTAL_HZ, TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR};
+use crate::vmx::caps::{self, Caps, RowSet};
 
 /// A register that CPUID fills.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -151,7 +151,11 @@ fn nested(v: &mut Vcpu, first: Option<Vector>, fault: Exception) -> Result<Optio
 pub fn inject(v: &mut Vcpu, info: InterruptionInfo, error: u32, length: u32) -> Result<(), Shutdown> {
     let software = info.kind().is_some_and(EventType::is_software);
     let kind = info.kind();
-    let rip = if software { v.state.rip.wrapping_add(u64::from(length)) & super::mode::rip_mask(&v.state) } else { v.state.rip };
+    let rip = if software {
+        v.state.rip.wrapping_add(u64::from(length)) & super::mode::rip_mask(&v.state)
+    } else {
+        v.state.rip
+    };
     let checked = matches!(kind, Some(EventType::SoftwareInterrupt | EventType::SoftwareException));
     let vector = info.vector();
     let d = Delivery { vector, error: info.has_error_code().then_some(error), rip, software: checked, rf: false };

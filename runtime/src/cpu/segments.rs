@@ -8,7 +8,9 @@ use twofold_arch::segment::attr;
 use twofold_arch::{CpuState, Exception, LinearAddr, Segment, Vector};
 
 use super::Helped;
-use super::mode::{CS, LDTR, SS, TR, is_64bit, is_canonical, is_canonical_base, is_long, is_protected, is_v86, rip_mask};
+use super::mode::{
+    CS, LDTR, SS, TR, is_64bit, is_canonical, is_canonical_base, is_long, is_protected, is_v86, rip_mask,
+};
 use crate::vcpu::{MemAs, Trap, Vcpu};
 
 /// #GP with a selector as its error code.

@@ -208,9 +208,8 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
         ready.fetch_add(1, Ordering::Release);
-        let members = job.others.map(|others| {
-            std::iter::once(&job.root).chain(&others).map(|p| (p.id, p.serial)).collect()
-        });
+        let members =
+            job.others.map(|others| std::iter::once(&job.root).chain(&others).map(|p| (p.id, p.serial)).collect());
         let done = Done { id: job.root.id, serial: job.root.serial, ns, result, text, members };
         if out.send(done).is_err() {
             return;

@@ -11,12 +11,12 @@ use std::time::Duration;
 use twofold_arch::control::rflags;
 use twofold_arch::{Exception, LinearAddr, PAGE_MASK, PhysAddr, TbFlags};
 use twofold_backend::Leave as CodeLeave;
-use twofold_mmu::{FlushCause, JumpCacheEntry};
 use twofold_ir::eval::{Leave, Target};
+use twofold_mmu::{FlushCause, JumpCacheEntry};
 
-use super::env::Env;
 use super::compile::Heat;
 use super::counters::Phase;
+use super::env::Env;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, DebugItem, StopReason};
 use crate::cpu::{debug, interrupt, mode};
@@ -194,7 +194,7 @@ fn deliver_pending(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     let (nmi, pending) = {
         let mut p = vcpu.platform();
         let nmi = p.signals(index) & signal::NMI != 0;
-        if !nmi && !(interrupts_on && p.interrupt_pending(index).is_some()) {
+        if !(nmi || interrupts_on && p.interrupt_pending(index).is_some()) {
             return Ok(());
         }
         (nmi, if nmi { None } else { Some(p.acknowledge(index)) })
@@ -395,8 +395,8 @@ fn trace_block(vcpu: &mut Vcpu, id: TbId) {
 /// `-d tlb`: what was flushed and switched since the last call.
 #[cold]
 fn trace_tlb(vcpu: &mut Vcpu) {
-    let now = vcpu.mmu.stats().clone();
-    let before = std::mem::replace(&mut vcpu.traced_mmu, now.clone());
+    let now = *vcpu.mmu.stats();
+    let before = std::mem::replace(&mut vcpu.traced_mmu, now);
     let mut text = String::new();
     for cause in FlushCause::ALL {
         let n = now.flushes_by(cause) - before.flushes_by(cause);

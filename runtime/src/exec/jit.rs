@@ -76,7 +76,13 @@ impl Jit {
         let code = if wanted { CodeMemory::new(CodeMemory::DEFAULT_CAPACITY).ok() } else { None };
         let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
         let wait = tier != Tier::Auto;
-        let policy = TierPolicy { warm: if wait { 1 } else { WARM }, hot: HOT, wait, regions: matches!(tier, Tier::Auto | Tier::Opt), regions_at_once: tier == Tier::Opt };
+        let policy = TierPolicy {
+            warm: if wait { 1 } else { WARM },
+            hot: HOT,
+            wait,
+            regions: matches!(tier, Tier::Auto | Tier::Opt),
+            regions_at_once: tier == Tier::Opt,
+        };
         Self {
             tbs: TbStore::default(),
             passes: Passes::default(),

@@ -226,7 +226,7 @@ impl TbStore {
             let first = tb.key.pa.0;
             let in_first = first < hi && (first + u64::from(tb.len)).min((first & PAGE_MASK) + 0x1000) > lo;
             let in_second = tb.second_page.is_some_and(|p| {
-                let end = p.0 + (first + u64::from(tb.len) & !PAGE_MASK);
+                let end = p.0 + ((first + u64::from(tb.len)) & !PAGE_MASK);
                 p.0 < hi && end > lo
             });
             in_first || in_second

@@ -723,7 +723,9 @@ impl Platform {
             0x80 => self.test.post = value,
             debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)] = value,
             debug::FLUSH_PORT..=debug::FLUSH_PORT_LAST => {}
-            debug::LINE_PORT..=debug::LINE_PORT_LAST => self.drive_line((port - debug::LINE_PORT) as u8, value & 1 != 0),
+            debug::LINE_PORT..=debug::LINE_PORT_LAST => {
+                self.drive_line((port - debug::LINE_PORT) as u8, value & 1 != 0)
+            }
             0x92 if value & 1 != 0 => self.request_reset(),
             0x92 | 0xcf8 | 0xcfa..=0xcff | fw_cfg::DATA_PORT => {}
             0xcf9 if value & 4 != 0 => self.request_reset(),

@@ -112,7 +112,8 @@ fn record(v: &mut Vcpu, exit: &PendingExit) {
     let vectoring = v.vmx.vectoring.take();
     // A software event has its instruction's length, unless VM entry injected it.
     let software = |i: InterruptionInfo| i.is_valid() && i.kind().is_some_and(EventType::is_software);
-    let by_instruction = software(exit.interruption) || vectoring.is_some_and(|e| software(e.info) && e.length.is_none());
+    let by_instruction =
+        software(exit.interruption) || vectoring.is_some_and(|e| software(e.info) && e.length.is_none());
     if exit.cause == Cause::Instruction || by_instruction && length.is_none() || exit.reason == ExitReason::TaskSwitch {
         let d = decode(v);
         length = length.or(vectoring.and_then(|e| e.length)).or(Some(d.length));
@@ -158,7 +159,18 @@ fn has_displacement(reason: ExitReason) -> bool {
     use ExitReason::*;
     matches!(
         reason,
-        Vmclear | Vmptrld | Vmptrst | Vmread | Vmwrite | Vmxon | GdtrIdtr | LdtrTr | Invept | Invvpid | Invpcid | Xsaves
+        Vmclear
+            | Vmptrld
+            | Vmptrst
+            | Vmread
+            | Vmwrite
+            | Vmxon
+            | GdtrIdtr
+            | LdtrTr
+            | Invept
+            | Invvpid
+            | Invpcid
+            | Xsaves
             | Xrstors
     )
 }
@@ -432,4 +444,3 @@ fn trace(v: &mut Vcpu, reason: ExitReason) {
     line.push('\n');
     v.trace.write(&line);
 }
-

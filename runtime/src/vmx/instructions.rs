@@ -54,7 +54,12 @@ pub fn vmx(v: &mut Vcpu, word: u64, la: u64, reg: u64, next_rip: u64) -> Helped 
         return Ok(0);
     }
     let access = if word & word::STACK != 0 { MemAs::Stack } else { MemAs::Cpl };
-    let operand = Operand { la: LinearAddr(la), access, memory: word & word::MEMORY != 0, reg: (word >> word::REG_SHIFT & 15) as usize };
+    let operand = Operand {
+        la: LinearAddr(la),
+        access,
+        memory: word & word::MEMORY != 0,
+        reg: (word >> word::REG_SHIFT & 15) as usize,
+    };
     let reg = reg as usize & 15;
     let entered = matches!(which, word::VMLAUNCH | word::VMRESUME);
     let transitions = v.vmx.transitions;

@@ -159,7 +159,7 @@ pub fn tsc(v: &Vcpu) -> u64 {
         return tsc;
     }
     let scaled = if proc2(v, proc2::TSC_SCALING) {
-        (u128::from(tsc) * u128::from(v.vmx.vmcs.get(Field::TscMultiplier)) >> 48) as u64
+        ((u128::from(tsc) * u128::from(v.vmx.vmcs.get(Field::TscMultiplier))) >> 48) as u64
     } else {
         tsc
     };

@@ -21,8 +21,8 @@ pub mod vmcs;
 #[cfg(test)]
 mod tests;
 
-use twofold_arch::vmx::control::{pin, proc, proc2};
 use twofold_arch::control::cr0;
+use twofold_arch::vmx::control::{pin, proc, proc2};
 use twofold_arch::vmx::ept::{Eptp, ve_info};
 use twofold_arch::vmx::msr::ept_vpid;
 use twofold_arch::vmx::qualification::ept_violation;

@@ -88,8 +88,13 @@ impl VmxStats {
                 (n != 0).then(|| (r.text().to_owned(), json!({ "count": n, "seconds": seconds(ns) })))
             })
             .collect();
-        let exceptions: Map<String, Value> =
-            self.exceptions.iter().enumerate().filter(|(_, n)| **n != 0).map(|(i, n)| (i.to_string(), json!(n))).collect();
+        let exceptions: Map<String, Value> = self
+            .exceptions
+            .iter()
+            .enumerate()
+            .filter(|(_, n)| **n != 0)
+            .map(|(i, n)| (i.to_string(), json!(n)))
+            .collect();
         json!({
             "entries": self.entries,
             "exits": exits,

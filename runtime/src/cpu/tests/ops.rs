@@ -203,7 +203,11 @@ fn lgdt_wants_a_canonical_base() {
 fn random_numbers_follow_from_the_seed() {
     let draw = || {
         let mut v = vcpu();
-        (ops::random(&mut v, 3, false).unwrap(), ops::random(&mut v, 1, true).unwrap(), v.state.rflags() & rflags::ARITH)
+        (
+            ops::random(&mut v, 3, false).unwrap(),
+            ops::random(&mut v, 1, true).unwrap(),
+            v.state.rflags() & rflags::ARITH,
+        )
     };
     let (a, b, flags) = draw();
     assert_eq!(draw(), (a, b, flags));

@@ -258,7 +258,9 @@ fn g4_instructions_that_exit_when_told_to() {
         (&[0x0f, 0x33], ExitReason::Rdpmc, 0, |v| set_bits(v, Field::ProcControls, proc::RDPMC_EXITING)),
         (&[0x0f, 0x09], ExitReason::Wbinvd, 0, |v| set_bits(v, Field::Proc2Controls, proc2::WBINVD_EXITING)),
         (&[0x0f, 0xc7, 0xf3], ExitReason::Rdrand, 0, |v| set_bits(v, Field::Proc2Controls, proc2::RDRAND_EXITING)),
-        (&[0x48, 0x0f, 0xc7, 0xf9], ExitReason::Rdseed, 0, |v| set_bits(v, Field::Proc2Controls, proc2::RDSEED_EXITING)),
+        (&[0x48, 0x0f, 0xc7, 0xf9], ExitReason::Rdseed, 0, |v| {
+            set_bits(v, Field::Proc2Controls, proc2::RDSEED_EXITING)
+        }),
         (&[0xf3, 0x90], ExitReason::Pause, 0, |v| set_bits(v, Field::ProcControls, proc::PAUSE_EXITING)),
         (&[0x0f, 0x21, 0xfb], ExitReason::MovDr, 7 | 1 << 4 | 3 << 8, |v| {
             set_bits(v, Field::ProcControls, proc::MOV_DR_EXITING);

@@ -109,7 +109,10 @@ fn with_guest() -> Box<Vcpu> {
     let words = [
         (Field::PinControls, must(Word::Pin)),
         (Field::ProcControls, must(Word::Proc) | u64::from(proc::HLT_EXITING | proc::SECONDARY)),
-        (Field::ExitControls, must(Word::Exit) | u64::from(exit::HOST_ADDRESS_SPACE_SIZE | exit::SAVE_EFER | exit::LOAD_EFER)),
+        (
+            Field::ExitControls,
+            must(Word::Exit) | u64::from(exit::HOST_ADDRESS_SPACE_SIZE | exit::SAVE_EFER | exit::LOAD_EFER),
+        ),
         (Field::EntryControls, must(Word::Entry) | u64::from(entry::IA32E_MODE_GUEST | entry::LOAD_EFER)),
     ];
     for (field, value) in words {
@@ -150,7 +153,11 @@ fn with_guest() -> Box<Vcpu> {
         let code = n == 1;
         set(&mut v, Field::guest_selector(n), u64::from(if code { KERNEL_CS } else { KERNEL_DS }));
         set(&mut v, Field::guest_limit(n), 0xffff_ffff);
-        set(&mut v, Field::guest_access_rights(n), u64::from(flat | if code { attr::CODE | attr::L } else { attr::DB }));
+        set(
+            &mut v,
+            Field::guest_access_rights(n),
+            u64::from(flat | if code { attr::CODE | attr::L } else { attr::DB }),
+        );
     }
     set(&mut v, Field::guest_access_rights(6), u64::from(attr::UNUSABLE));
     set(&mut v, Field::guest_selector(7), u64::from(TSS_SEL));

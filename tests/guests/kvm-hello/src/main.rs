@@ -101,8 +101,8 @@ fn hello() -> Result<(), Error> {
         0x04, b'0', // add al, '0'
         0xee, // out dx, al
         0xb0, b'\n', // mov al, '\n'
-        0xee, // out dx, al
-        0xf4, // hlt
+        0xee,  // out dx, al
+        0xf4,  // hlt
     ];
     let vm = Vm::new(&code)?;
     vm.set_regs(2, 2, 0)?;
@@ -140,7 +140,11 @@ fn bench(n: u64) -> Result<(), Error> {
     let exits = start.elapsed();
     let start = Instant::now();
     let (reason, _) = vm.run()?;
-    println!("{} ns an exit, loop {} us, reason {reason}", exits.as_nanos() as u64 / n.max(1), start.elapsed().as_micros());
+    println!(
+        "{} ns an exit, loop {} us, reason {reason}",
+        exits.as_nanos() as u64 / n.max(1),
+        start.elapsed().as_micros()
+    );
     Ok(())
 }
 
