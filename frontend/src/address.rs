@@ -12,6 +12,8 @@ use crate::translator::{Access, Translator, gpr, segment};
 
 /// SS in encoding order.
 pub const SS: u8 = 2;
+/// DS in encoding order.
+pub const DS: u8 = 3;
 /// ES in encoding order.
 pub const ES: u8 = 0;
 
@@ -79,7 +81,15 @@ impl Translator<'_> {
     /// The segment of the memory operand (encoding order).
     #[must_use]
     pub fn mem_segment(&self) -> u8 {
-        segment(self.insn.memory_segment())
+        let seg = segment(self.insn.memory_segment());
+        if !self.is64() || seg > DS {
+            return seg;
+        }
+        // In 64-bit code overrides by ES, CS, SS and DS do not count, not even for which exception is raised.
+        match self.insn.memory_base() {
+            Register::RSP | Register::ESP | Register::RBP | Register::EBP => SS,
+            _ => DS,
+        }
     }
     /// STACK when the memory operand goes through SS.
     #[must_use]

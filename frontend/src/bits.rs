@@ -57,6 +57,9 @@ fn bit(t: &mut Translator<'_>, what: Bit) {
         let unit = t.b.bin_imm(BinOp::Sar, wide, u64::from(bits.trailing_zeros()));
         let disp = t.b.bin_imm(BinOp::Shl, unit, u64::from(ty.log2_bytes()));
         let addr = t.mem_addr_plus(disp, ty.bytes(), access);
+        if t.locked() {
+            t.claim_atomic(ty, addr);
+        }
         Place::Mem { addr, flags: t.mem_flags() }
     } else {
         t.place(0, ty, access)

@@ -156,6 +156,7 @@ fn xchg(t: &mut Translator<'_>) {
         // Locked with or without the prefix.
         let v = t.read_op(reg);
         let addr = t.mem_addr(ty.bytes(), Access::Write);
+        t.claim_atomic(ty, addr);
         let old = t.b.rmw(RmwOp::Xchg, addr, v);
         return t.write_op(reg, old);
     }

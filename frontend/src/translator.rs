@@ -238,9 +238,18 @@ impl<'a> Translator<'a> {
     pub fn place(&mut self, n: u32, ty: Ty, access: Access) -> Place {
         if self.is_mem(n) {
             let addr = self.mem_addr(ty.bytes(), access);
+            if access == Access::Write && self.locked() {
+                self.claim_atomic(ty, addr);
+            }
             Place::Mem { addr, flags: self.mem_flags() }
         } else {
             Place::Reg(self.insn.op_register(n))
+        }
+    }
+    /// Before an atomic access: those cannot say that they go through SS, where an address that is not canonical is #SS.
+    pub fn claim_atomic(&mut self, ty: Ty, addr: Value) {
+        if self.is64() && self.mem_flags() == MemFlags::STACK {
+            self.b.load(ty, MemFlags::STACK.or(MemFlags::WRITE_INTENT), addr);
         }
     }
     /// Reads a place that will be written afterwards.

@@ -6,7 +6,7 @@
 use iced_x86::{Mnemonic, OpKind};
 use twofold_arch::cpuid::Feature;
 use twofold_arch::fpu::{fsw, x87 as word};
-use twofold_arch::{Exception, Loc, Vector};
+use twofold_arch::{Exception, Loc, TbFlags, Vector};
 use twofold_ir::{BinOp, Helper, IntCc, Ty};
 
 use crate::table::{Need, Row};
@@ -43,6 +43,14 @@ fn stores(m: Mnemonic) -> bool {
     matches!(m, Fst | Fstp | Fist | Fistp | Fisttp | Fbstp | Fnstcw | Fnstsw | Fnstenv | Fnsave)
 }
 
+/// Whether the memory operand of an instruction that waits can fault before it is accessed.
+fn address_may_fault(t: &Translator<'_>) -> bool {
+    use Mnemonic::*;
+    let waits = !matches!(t.insn.mnemonic(), Fnstcw | Fnstsw | Fnstenv | Fnsave);
+    let limit = !t.is64() && !t.flags.no_limit(t.mem_segment());
+    waits && (limit || t.flags.has(TbFlags::ALIGN_CHECK))
+}
+
 fn x87(t: &mut Translator<'_>) {
     let bytes = t.insn_bytes();
     let at = opcode_index(bytes);
@@ -54,6 +62,11 @@ fn x87(t: &mut Translator<'_>) {
     let addr = if memory {
         how |= word::MEMORY | u64::from(t.mem_segment());
         let access = if stores(t.insn.mnemonic()) { Access::Write } else { Access::Read };
+        if address_may_fault(t) {
+            // A pending exception comes first: FNOP waits for it.
+            let (fnop, none, rip) = (t.c64(0x1d0), t.c64(0), t.b.rip(i32::from(t.off)));
+            t.call(Helper::X87, &[fnop, none, rip, none]);
+        }
         let size = t.insn.memory_size().size() as u32;
         if size.is_power_of_two() { t.mem_addr(size, access) } else { t.mem_addr_unaligned(size, access) }
     } else {

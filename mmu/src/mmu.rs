@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use twofold_arch::paging::SHIFT_4K;
 use twofold_arch::tbflags::MemMode;
-use twofold_arch::{LinearAddr, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
+use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::code::CodePages;
 use crate::ept::{EptControls, Pml};
@@ -128,6 +128,7 @@ pub struct Mmu {
     /// Cached guest-physical mappings are used.
     pub(crate) gpa_caching: bool,
     pub(crate) pml: Option<Pml>,
+    pub(crate) apic_access: Option<PhysAddr>,
     pub(crate) stats: MmuStats,
 }
 
@@ -156,6 +157,7 @@ impl Mmu {
             gpa_current: 0,
             gpa_caching: true,
             pml: None,
+            apic_access: None,
             stats: MmuStats::default(),
         })
     }
@@ -185,6 +187,24 @@ impl Mmu {
     #[must_use]
     pub fn pml(&self) -> Option<Pml> {
         self.pml
+    }
+
+    /// The APIC-access page, as VM entry sets it (`None`: none): accesses to it are the caller's, like a device's with the
+    /// number [`Self::APIC_ACCESS`]. Translations made before are not affected.
+    pub fn set_apic_access(&mut self, page: Option<PhysAddr>) {
+        self.apic_access = page;
+    }
+
+    /// What [`Target::Mmio`] calls the APIC-access page.
+    pub const APIC_ACCESS: u32 = u32::MAX;
+
+    /// What answers at `pa`.
+    #[inline]
+    fn target(&self, pa: PhysAddr) -> Target {
+        if self.apic_access == Some(PhysAddr(pa.0 & PAGE_MASK)) {
+            return Target::Mmio { id: Self::APIC_ACCESS, offset: pa.page_offset() };
+        }
+        self.phys.target(pa)
     }
 
     /// The physical map.
@@ -339,7 +359,7 @@ impl Mmu {
         // Without the D flag the first write must walk again, to set it.
         tags.write &= m.stage2.write && m.dirty;
         tags.exec &= m.stage2.exec;
-        let (host, slow_read, slow_write) = match self.phys.target(m.page) {
+        let (host, slow_read, slow_write) = match self.target(m.page) {
             Target::Ram(offset) => {
                 let code = self.code.is_code(m.page);
                 (self.phys.ram().host_page(offset), 0, if code { SLOW_CODE } else { 0 })
@@ -447,10 +467,10 @@ impl Mmu {
         let room = (PAGE_SIZE - la.page_offset()) as u32;
         let first = self.translate(space, la, access)?.pa;
         let mut parts =
-            Parts { first: Part { pa: first, len: len.min(room), target: self.phys.target(first) }, second: None };
+            Parts { first: Part { pa: first, len: len.min(room), target: self.target(first) }, second: None };
         if len > room {
             let pa = self.translate(space, la.wrapping_add(u64::from(room)), access)?.pa;
-            parts.second = Some(Part { pa, len: len - room, target: self.phys.target(pa) });
+            parts.second = Some(Part { pa, len: len - room, target: self.target(pa) });
         }
         Ok(parts)
     }
@@ -543,7 +563,7 @@ impl Mmu {
             let at = la.wrapping_add(done as u64);
             let n = (len - done).min((PAGE_SIZE - at.page_offset()) as usize);
             let pa = self.translate(space, at, access)?.pa;
-            parts.push(Part { pa, len: n as u32, target: self.phys.target(pa) });
+            parts.push(Part { pa, len: n as u32, target: self.target(pa) });
             done += n;
         }
         Ok(parts)

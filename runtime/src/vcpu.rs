@@ -449,7 +449,7 @@ impl Vcpu {
             ReadOutcome::Value(v) => Ok(v),
             ReadOutcome::Io(parts) => {
                 let mut b = [0; 8];
-                self.read_parts(parts.iter(), &mut b);
+                self.read_parts(la, parts.iter(), &mut b)?;
                 Ok(u64::from_le_bytes(b))
             }
         }
@@ -461,7 +461,7 @@ impl Vcpu {
         match r.map_err(|f| self.trap_of(f, stack))? {
             WriteOutcome::Done { code: false } => {}
             WriteOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
-            WriteOutcome::Io(parts) => self.write_parts(parts.iter(), &value.to_le_bytes()),
+            WriteOutcome::Io(parts) => self.write_parts(la, parts.iter(), &value.to_le_bytes())?,
         }
         Ok(())
     }
@@ -470,7 +470,7 @@ impl Vcpu {
         let r = self.mmu.read_bytes(&self.space, la, buf, access);
         self.after_fill(la, access, r.as_ref().err());
         if let BytesOutcome::Io(parts) = r.map_err(|f| self.trap_of(f, stack))? {
-            self.read_parts(parts.into_iter(), buf);
+            self.read_parts(la, parts.into_iter(), buf)?;
         }
         Ok(())
     }
@@ -481,13 +481,13 @@ impl Vcpu {
         match r.map_err(|f| self.trap_of(f, stack))? {
             BytesOutcome::Done { code: false } => {}
             BytesOutcome::Done { code: true } => crate::exec::slow::drop_written(self),
-            BytesOutcome::Io(parts) => self.write_parts(parts.into_iter(), data),
+            BytesOutcome::Io(parts) => self.write_parts(la, parts.into_iter(), data)?,
         }
         Ok(())
     }
 
     /// Reads piece by piece: memory as memory, devices in accesses of at most 8 bytes.
-    fn read_parts(&mut self, parts: impl Iterator<Item = Part>, buf: &mut [u8]) {
+    fn read_parts(&mut self, la: LinearAddr, parts: impl Iterator<Item = Part>, buf: &mut [u8]) -> Result<(), Trap> {
         let mut rest = buf;
         for part in parts {
             let n = (part.len as usize).min(rest.len());
@@ -497,6 +497,10 @@ impl Vcpu {
                 self.shared.map.read(part.pa, here);
                 continue;
             }
+            if matches!(part.target, Target::Mmio { id: Mmu::APIC_ACCESS, .. }) {
+                vmx::apic::read_access(self, la, part.pa, here)?;
+                continue;
+            }
             for (i, chunk) in here.chunks_mut(8).enumerate() {
                 let (pa, size, cpu) = (part.pa.wrapping_add(8 * i as u64), chunk.len() as u8, self.index);
                 self.counters.mmio += 1;
@@ -504,10 +508,11 @@ impl Vcpu {
                 chunk.copy_from_slice(&value.to_le_bytes()[..chunk.len()]);
             }
         }
+        Ok(())
     }
 
     /// Writes piece by piece, like [`Self::read_parts`].
-    fn write_parts(&mut self, parts: impl Iterator<Item = Part>, data: &[u8]) {
+    fn write_parts(&mut self, la: LinearAddr, parts: impl Iterator<Item = Part>, data: &[u8]) -> Result<(), Trap> {
         let mut rest = data;
         for part in parts {
             let (here, after) = rest.split_at((part.len as usize).min(rest.len()));
@@ -519,6 +524,10 @@ impl Vcpu {
                 }
                 continue;
             }
+            if matches!(part.target, Target::Mmio { id: Mmu::APIC_ACCESS, .. }) {
+                vmx::apic::write_access(self, la, part.pa, here)?;
+                continue;
+            }
             for (i, chunk) in here.chunks(8).enumerate() {
                 let mut b = [0; 8];
                 b[..chunk.len()].copy_from_slice(chunk);
@@ -527,6 +536,7 @@ impl Vcpu {
                 self.with_devices(|p| p.mmio_write(cpu, pa, size, u64::from_le_bytes(b)));
             }
         }
+        Ok(())
     }
 
     /// The exception, or the VM exit, of a memory fault; `stack`: through SS.

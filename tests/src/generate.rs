@@ -35,6 +35,9 @@ pub fn not_run(code: Code) -> Option<&'static str> {
     if info.fwait() {
         return Some("WAIT and another instruction");
     }
+    if format!("{code:?}").contains("_0F0D") {
+        return Some("a NOP on Intel processors, #UD on AMD's");
+    }
     match code.mnemonic() {
         Int | Into | Int1 | Int3 | Syscall | Sysenter | Sysexit | Sysret | Sysexitq | Sysretq => {
             Some("enters the host's kernel")
@@ -72,8 +75,12 @@ pub fn not_run(code: Code) -> Option<&'static str> {
         Pushf | Pushfd | Pushfq | Popf | Popfd | Popfq => Some("the integer test has it: TF must stay 0"),
         Fnsave | Frstor | Fnstenv | Fldenv | Fsave | Fstenv => Some("the x87 test has it: instruction pointers"),
         Rdpkru | Wrpkru | Xsetbv => Some("not enabled on every host"),
+        Movsxd if info.operand_size() == 16 => Some("AMD processors read 32 bits"),
+        Bswap if info.operand_size() == 16 => Some("undefined"),
+        Ud0 if code == Code::Ud0 => Some("another form has its bytes"),
+        _ if near16(info) && !info.mode16() => Some("16-bit branches outside 16-bit code"),
         Bound => Some("only in 32-bit code; #BR is no signal of its own"),
-        _ if system(code.mnemonic()) => Some("CPL 0 only"),
+        _ if virtualization(code.mnemonic()) => Some("VMX: the host may have none, or patch VMCALL"),
         _ => None,
     }
 }
@@ -84,43 +91,18 @@ fn far(info: &OpCodeInfo) -> bool {
         || info.op_kinds().iter().any(|k| matches!(k, K::farbr2_2 | K::farbr4_2))
 }
 
-fn system(m: Mnemonic) -> bool {
+/// Whether a branch truncates RIP to 16 bits: in 64-bit code processors differ, and outside 16-bit code it leads nowhere.
+fn near16(info: &OpCodeInfo) -> bool {
+    let branch =
+        !matches!(info.code().flow_control(), FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt);
+    branch && info.operand_size() == 16
+}
+
+fn virtualization(m: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         m,
-        Cli | Sti
-            | Hlt
-            | In
-            | Out
-            | Insb
-            | Insw
-            | Insd
-            | Outsb
-            | Outsw
-            | Outsd
-            | Lgdt
-            | Lidt
-            | Lldt
-            | Ltr
-            | Lmsw
-            | Clts
-            | Invd
-            | Wbinvd
-            | Wbnoinvd
-            | Rdmsr
-            | Wrmsr
-            | Rsm
-            | Monitor
-            | Mwait
-            | Invlpg
-            | Invpcid
-            | Stac
-            | Clac
-            | Xsaves
-            | Xsaves64
-            | Xrstors
-            | Xrstors64
-            | Vmcall
+        Vmcall
             | Vmlaunch
             | Vmresume
             | Vmxoff
@@ -146,7 +128,7 @@ pub fn encode(code: Code, mode: Mode, rng: &mut Rng) -> Option<Sample> {
         Mode::Bits32 => info.mode32(),
         Mode::Bits16 => info.mode16(),
     };
-    if !fits {
+    if !fits || mode != Mode::Bits16 && near16(info) {
         return None;
     }
     let mut bytes = Encoder { info, mode, rng, out: Vec::with_capacity(16), rex: [false; 3] }.run()?;
@@ -196,7 +178,8 @@ fn target(insn: &Instruction, mode: Mode, rng: &mut Rng) -> u64 {
     let (start, middle) = if mode == Mode::Bits16 { (0, SCRATCH_LEN as u64 / 2) } else { (SCRATCH, MIDDLE) };
     let end = start + SCRATCH_LEN as u64;
     match rng.below(64) {
-        // Over the end, or before the start (which 16-bit code cannot say).
+        // Over the end, or before the start (which 16-bit code cannot say). Whether alignment or limit comes first differs.
+        0 if mode == Mode::Bits16 && size >= 16 => middle,
         0 => end - rng.below(size + 1),
         1 if mode != Mode::Bits16 => start.wrapping_sub(rng.below(size) + 1),
         2..=9 => middle + rng.below(48),
@@ -308,6 +291,8 @@ impl Encoder<'_> {
             let wide = self.info.operand_size() == 64 && !self.info.default_op_size64()
                 || self.info.operand_size() == 64 && self.chance(2);
             let rex = u8::from(wide) << 3 | self.rex_bits();
+            // With REX.B it is XCHG with R8 on AMD processors, whatever F3 says.
+            let rex = if self.info.code() == Code::Pause { rex & !1 } else { rex };
             if rex != 0 || self.chance(2) {
                 self.out.push(0x40 | rex);
             }
@@ -631,7 +616,7 @@ impl Sample {
         for w in &mut words {
             let mut one = || {
                 let v = rng.below(512) as i64 - 256;
-                if far && rng.below(4) == 0 { v * 0x1000 } else { v }
+                if far && rng.below(4) == 0 { v * 0x4_0000 } else { v }
             };
             *w = if wide { one() as u64 } else { one() as u32 as u64 | (one() as u32 as u64) << 32 };
         }
@@ -657,19 +642,44 @@ impl Sample {
         let mut put = |at: u64| {
             let base = if self.mode == Mode::Bits16 { 0 } else { SCRATCH };
             let at = at.wrapping_sub(base) as usize;
-            if at.saturating_add(8) <= mem.len() {
-                mem[at..at + 8].copy_from_slice(&to.to_le_bytes());
+            for (to, b) in mem.iter_mut().skip(at).zip(to.to_le_bytes()) {
+                *to = b;
             }
         };
         if self.insn.flow_control() == FlowControl::Return {
             put(r.gpr[4]);
         }
-        if self.is_indirect() && self.has_memory() {
-            let at = self
-                .insn
-                .virtual_address(0, 0, |reg, _, _| Some(number(reg).map_or(0, |n| mask_to(r.gpr[n], reg.size()))));
-            put(at.unwrap_or(0));
+        let at = self.address(r).map(|a| if self.mode == Mode::Bits16 { a.wrapping_sub(SCRATCH) } else { a });
+        if let Some(at) = at
+            && self.is_indirect()
+        {
+            put(at);
         }
+        // AMD's MXCSR has a bit more.
+        if matches!(self.insn.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr)
+            && let Some(a) = self.address(r).and_then(|a| usize::try_from(a.wrapping_sub(SCRATCH)).ok())
+            && let Some(b) = mem.get_mut(a.saturating_add(2))
+        {
+            *b &= !2;
+        }
+    }
+
+    /// The linear address of the memory operand.
+    #[must_use]
+    pub fn address(&self, r: &Regs) -> Option<u64> {
+        if !self.has_memory() {
+            return None;
+        }
+        let base = if self.mode == Mode::Bits16 { SCRATCH } else { 0 };
+        let n = (0..self.insn.op_count()).find(|&n| self.insn.op_kind(n) == OpKind::Memory)?;
+        let of = |reg: Register, _, _| {
+            Some(if reg.is_segment_register() {
+                base
+            } else {
+                mask_to(number(reg).map_or(0, |n| r.gpr[n]), reg.size())
+            })
+        };
+        self.insn.virtual_address(n, 0, of)
     }
 
     /// Flags the instruction leaves undefined with these inputs.
@@ -723,7 +733,8 @@ impl Sample {
                 let count = if i.op2_kind() == OpKind::Register { r.gpr[1] } else { u64::from(i.immediate8()) };
                 operand_bits(i) == 16 && count & 31 > 16
             }
-            Mnemonic::Bswap => operand_bits(i) == 16,
+            // On AMD processors CVTPI2PS from memory does not look for pending x87 exceptions.
+            Mnemonic::Cvtpi2ps => self.has_memory() && r.fsw() & 0x80 != 0,
             _ => false,
         }
     }
@@ -750,6 +761,30 @@ fn set_vector(r: &mut Regs, n: usize, words: [u64; 4]) {
     let [a, b, c, d] = words.map(u128::from);
     r.set_xmm(n, a | b << 64);
     r.high[n] = c | d << 64;
+}
+
+/// Whether the instruction reads or writes x87 or MMX registers.
+#[must_use]
+pub fn is_x87(s: &Sample) -> bool {
+    let name = format!("{:?}", s.code);
+    let features = s.code.cpuid_features();
+    features
+        .iter()
+        .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX))
+        || name.contains("_mm_")
+        || name.ends_with("_mm")
+        || name.contains("mmm64")
+        || name.contains("_sti")
+}
+
+/// Whether the instruction computes with SSE floating point, and is checked well with exceptions unmasked.
+#[must_use]
+pub fn is_sse_float(s: &Sample) -> bool {
+    let name = format!("{:?}", s.code).to_lowercase();
+    // The dot products check after each of their steps; #XM may leave MMX state entered or not.
+    let not = name.contains("dpps") || name.contains("dppd") || name.contains("_mm");
+    let float = ["ps_", "pd_", "ss_", "sd_"].iter().any(|t| name.contains(t)) || name.contains("cvt");
+    float && !not
 }
 
 /// Whether a form belongs to features for which `has` holds, all of them.

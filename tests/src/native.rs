@@ -1017,27 +1017,31 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
     };
     let at = |off: i64| -> (Outcome, u64) { (Outcome::Done, u64::from(off == (len + TAKEN) as i64)) };
     let (outcome, taken) = match left {
-        Leave::Abandoned { .. } => (vector_outcome(env.state.fault.vector), 0),
+        Leave::Abandoned { .. } => (Outcome::of_vector(env.state.fault.vector), 0),
         Leave::Exit { to, .. } => match to {
             Target::Jump { off } => at(i64::from(off)),
             Target::JumpFar { off } | Target::Dispatch { off } => at(i64::from(off)),
             Target::Indirect { rip, .. } => at(rip.wrapping_sub(mode.rip()) as i64),
             Target::Helped => (Outcome::Done, 0),
-            Target::Raise { exception, .. } => (vector_outcome(exception.vector as u32), 0),
+            Target::Raise { exception, .. } => (Outcome::of_vector(exception.vector as u32), 0),
         },
     };
     regs.taken = taken;
     outcome
 }
 
-fn vector_outcome(vector: u32) -> Outcome {
-    match vector {
-        0 => Outcome::Divide,
-        6 => Outcome::Undefined,
-        13 | 14 => Outcome::Protection,
-        12 | 17 => Outcome::Bus,
-        16 | 19 => Outcome::Divide,
-        _ => Outcome::Other,
+impl Outcome {
+    /// What an exception is natively: a signal.
+    #[must_use]
+    pub fn of_vector(vector: u32) -> Self {
+        match vector {
+            0 => Outcome::Divide,
+            6 => Outcome::Undefined,
+            13 | 14 => Outcome::Protection,
+            12 | 17 => Outcome::Bus,
+            16 | 19 => Outcome::Divide,
+            _ => Outcome::Other,
+        }
     }
 }
 
@@ -1245,7 +1249,8 @@ pub fn check_block(
     Ok(compared)
 }
 
-fn randomize(r: &mut Regs, form: &Form, rng: &mut Rng) {
+/// Random registers, then what the form makes of them.
+pub fn randomize(r: &mut Regs, form: &Form, rng: &mut Rng) {
     for (n, g) in r.gpr.iter_mut().enumerate() {
         if n == 4 || form.pointers.contains(&(n as u8)) {
             *g = form.mode.middle() + rng.below(8) * u64::from(n != 4);
@@ -1266,9 +1271,12 @@ fn randomize(r: &mut Regs, form: &Form, rng: &mut Rng) {
     (form.prepare)(r, rng);
 }
 
-type Side<'a> = (&'a Regs, Outcome, &'a [u8]);
+/// How a run ended: registers, outcome, scratch memory.
+pub type Side<'a> = (&'a Regs, Outcome, &'a [u8]);
 
-fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> Option<String> {
+/// What differs first between a native run and one of ours, in one line.
+#[must_use]
+pub fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> Option<String> {
     if native.1 != ours.1 {
         return Some(format!("host {:?}, ours {:?}", native.1, ours.1));
     }
@@ -1325,7 +1333,9 @@ fn difference(form: &Form, undefined: u64, native: Side<'_>, ours: Side<'_>) -> 
     Some(format!("memory at {:#x} is {x:x?} on the host, {y:x?} here", SCRATCH + at as u64))
 }
 
-fn show(r: &Regs) -> String {
+/// The registers in one line.
+#[must_use]
+pub fn show(r: &Regs) -> String {
     let mut s = String::new();
     for n in 0..16 {
         s += &format!("{}={:x} ", twofold_arch::Gpr::NAMES[n], r.gpr[n]);

@@ -51,7 +51,7 @@ pub enum Command {
     /// Run a kernel or firmware
     #[command(after_help = EXAMPLES)]
     Run(Box<RunArgs>),
-    /// Run the embedded guest: every paging mode, faults, address-space switches, a summary
+    /// Run the embedded guest: every paging mode, faults, address-space switches, a hypervisor and its guests
     Demo(DemoArgs),
     /// Show CPU models and their features
     Cpu {

@@ -35,6 +35,7 @@ pub fn read_cr(v: &mut Vcpu, number: u64) -> Helped {
         match number {
             0 => return Ok(intercept::visible_cr0(v)),
             4 => return Ok(intercept::visible_cr4(v)),
+            8 if let Some(value) = vmx::apic::read_cr8(v) => return Ok(value),
             _ => {}
         }
     }
@@ -64,6 +65,7 @@ pub fn write_cr(v: &mut Vcpu, number: u64, value: u64) -> Helped {
         2 => v.state.cr2 = value,
         3 => write_cr3(v, value)?,
         4 => write_cr4(v, value)?,
+        8 if value & !15 == 0 && v.vmx.non_root && vmx::apic::write_cr8(v, value) => {}
         8 if value & !15 == 0 => {
             v.state.cr8 = value;
             let index = v.index;

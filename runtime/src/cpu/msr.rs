@@ -80,7 +80,13 @@ pub fn rdmsr(v: &mut Vcpu) -> Helped {
     if v.vmx.non_root {
         intercept::msr(v, number, false)?;
     }
-    let value = if number == msr::TSC { intercept::tsc(v) } else { read(v, number)? };
+    let value = match number {
+        msr::TSC => intercept::tsc(v),
+        _ => match v.vmx.non_root.then(|| crate::vmx::apic::read_msr(v, number)).flatten() {
+            Some(value) => value,
+            None => read(v, number)?,
+        },
+    };
     set_edx_eax(v, value);
     Ok(value)
 }
@@ -93,6 +99,9 @@ pub fn wrmsr(v: &mut Vcpu) -> Helped {
     let (number, value) = (v.state.gpr[1] as u32, edx_eax(v));
     if v.vmx.non_root {
         intercept::msr(v, number, true)?;
+        if crate::vmx::apic::write_msr(v, number, value)? {
+            return Ok(0);
+        }
     }
     write(v, number, value)?;
     Ok(0)

@@ -286,6 +286,7 @@ pub fn cmpxchg8b(v: &mut Vcpu, la: u64) -> Helped {
         }
         _ => {
             let mut b = [0; 8];
+            crate::fpu::Guest::check_store(v, la, 8, MemAs::Cpl)?;
             v.read_bytes(at, &mut b, MemAs::Cpl)?;
             let old = u64::from_le_bytes(b);
             let value = if old == expected { new } else { old };

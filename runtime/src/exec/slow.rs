@@ -8,6 +8,7 @@
 use twofold_arch::{CpuState, Exception, LinearAddr};
 use twofold_backend::{AccessKind, HelperTable, MemInfo};
 use twofold_ir::{MemFlags, RmwOp};
+use twofold_mmu::{Mmu, Target};
 
 use super::dispatch::PENDING_RESTART;
 use super::tb::TbId;
@@ -135,6 +136,10 @@ fn guard_running_block(
     stack: bool,
 ) -> Result<(), Abandoned> {
     let parts = vcpu.resolve_write(la, size, mode, stack)?;
+    // What a write to the APIC-access page makes comes right after the instruction.
+    if !vcpu.jit.alone && parts.iter().any(|p| matches!(p.target, Target::Mmio { id: Mmu::APIC_ACCESS, .. })) {
+        return Err(Abandoned::Restart);
+    }
     if !parts.iter().any(|p| vcpu.mmu.code().touches(p.pa, u64::from(p.len))) || vcpu.jit.alone {
         return Ok(());
     }

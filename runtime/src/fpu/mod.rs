@@ -55,9 +55,8 @@ impl Guest for Vcpu {
         self.write_bytes(LinearAddr(la), data, on_behalf)
     }
     fn check_store(&mut self, la: u64, bytes: u32, on_behalf: MemAs) -> Result<(), Trap> {
-        self.host_span(LinearAddr(la), true, on_behalf)?;
-        self.host_span(LinearAddr(la.wrapping_add(u64::from(bytes) - 1)), true, on_behalf)?;
-        Ok(())
+        let mode = TbFlags(self.state.tb_flags).mem_mode();
+        self.resolve_write(LinearAddr(la), bytes, mode, on_behalf == MemAs::Stack).map(drop)
     }
     fn zero_selectors(&self) -> bool {
         self.model.has(Bit::ZeroFcsFds)

@@ -87,7 +87,7 @@ rows! {
         pin::NMI_EXITING, "vmx-nmi-exit", on;
         pin::VIRTUAL_NMIS, "vmx-vnmi", on;
         pin::PREEMPTION_TIMER, "vmx-preemption-timer", on;
-        pin::POSTED_INTERRUPTS, "vmx-posted-intr", off, Apic;
+        pin::POSTED_INTERRUPTS, "vmx-posted-intr", on, Apic;
     }
     Place::Control(Word::Proc) => {
         proc::INTERRUPT_WINDOW_EXITING, "vmx-vintr-pending", on;
@@ -102,7 +102,7 @@ rows! {
         proc::TERTIARY, "vmx-tertiary-ctls", off;
         proc::CR8_LOAD_EXITING, "vmx-cr8-load-exit", on, Lm;
         proc::CR8_STORE_EXITING, "vmx-cr8-store-exit", on, Lm;
-        proc::TPR_SHADOW, "vmx-flexpriority", off;
+        proc::TPR_SHADOW, "vmx-flexpriority", on;
         proc::NMI_WINDOW_EXITING, "vmx-vnmi-pending", on;
         proc::MOV_DR_EXITING, "vmx-movdr-exit", on;
         proc::UNCONDITIONAL_IO_EXITING, "vmx-io-exit", on;
@@ -114,16 +114,16 @@ rows! {
         proc::SECONDARY, "vmx-secondary-ctls", on;
     }
     Place::Control(Word::Proc2) => {
-        proc2::APIC_ACCESSES, "vmx-apicv-xapic", off;
+        proc2::APIC_ACCESSES, "vmx-apicv-xapic", on;
         proc2::EPT, "vmx-ept", on;
         proc2::DESCRIPTOR_TABLE_EXITING, "vmx-desc-exit", on;
         proc2::RDTSCP, "vmx-rdtscp-exit", on, Rdtscp;
-        proc2::X2APIC_MODE, "vmx-apicv-x2apic", off, X2apic;
+        proc2::X2APIC_MODE, "vmx-apicv-x2apic", on, X2apic;
         proc2::VPID, "vmx-vpid", on;
         proc2::WBINVD_EXITING, "vmx-wbinvd-exit", on;
         proc2::UNRESTRICTED_GUEST, "vmx-unrestricted-guest", on;
-        proc2::APIC_REGISTERS, "vmx-apicv-register", off;
-        proc2::VIRTUAL_INTERRUPT_DELIVERY, "vmx-apicv-vid", off;
+        proc2::APIC_REGISTERS, "vmx-apicv-register", on;
+        proc2::VIRTUAL_INTERRUPT_DELIVERY, "vmx-apicv-vid", on;
         proc2::PAUSE_LOOP_EXITING, "vmx-ple", on;
         proc2::RDRAND_EXITING, "vmx-rdrand-exit", on, Rdrand;
         proc2::INVPCID, "vmx-invpcid-exit", on, Invpcid;

@@ -60,6 +60,7 @@ pub fn enter(v: &mut Vcpu, launch: bool) -> Result<(), VmError> {
         v.vmx.vmcs.launched = true;
     }
     load_non_register(v);
+    super::apic::entered(v);
     let info = InterruptionInfo(v.vmx.vmcs.get32(Field::EntryInterruptionInfo));
     if info.is_valid() {
         inject_later(v, info);
@@ -179,6 +180,8 @@ fn address_space(v: &mut Vcpu) {
         index: v.vmx.vmcs.get(Field::PmlIndex) as u16,
     });
     v.mmu.set_pml(pml);
+    let page = super::apic::access_page(v);
+    v.mmu.set_apic_access(page);
     refresh_space(v);
     let view = v.mmu.vm_transition(&v.space, FlushCause::VmEntry, controls.vpid());
     view.store(&mut v.state);
@@ -209,7 +212,7 @@ fn load_non_register(v: &mut Vcpu) {
         // The dispatcher cuts the slice.
         v.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
     }
-    v.vmx.mtf_pending = false;
+    (v.vmx.mtf_pending, v.vmx.trap_exit) = (false, None);
     v.vmx.vectoring = None;
     v.vmx.iret_unblocked = false;
     v.vmx.pause_loop = (0, 0);

@@ -47,6 +47,10 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
             return Ok(());
         }
     }
+    if let Some(pending) = v.vmx.trap_exit.take() {
+        v.vmx.exit = pending;
+        return super::exit::perform(v);
+    }
     if v.vmx.mtf_pending {
         return exit_by_event(v, ExitReason::MonitorTrapFlag);
     }
@@ -70,7 +74,11 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
     if controls.proc & proc::INTERRUPT_WINDOW_EXITING != 0 && interrupts_on {
         return exit_by_event(v, ExitReason::InterruptWindow);
     }
-    external_interrupt(v, interrupts_on)
+    external_interrupt(v, interrupts_on)?;
+    if v.vmx.non_root && controls.proc & proc::INTERRUPT_WINDOW_EXITING == 0 {
+        super::apic::deliver_virtual(v)?;
+    }
+    Ok(())
 }
 
 /// The event that VM entry injects.
@@ -127,6 +135,9 @@ fn external_interrupt(v: &mut Vcpu, interrupts_on: bool) -> Result<(), Shutdown>
     if v.vmx.vmcs.get32(Field::ExitControls) & exit::ACKNOWLEDGE_INTERRUPT != 0 {
         let vector = v.platform().acknowledge(index);
         v.counters.interrupts += 1;
+        if super::apic::post(v, vector) {
+            return Ok(());
+        }
         pending.interruption = InterruptionInfo::new(vector, EventType::External, false);
     }
     v.vmx.exit = pending;

@@ -361,7 +361,8 @@ fn load_host(v: &mut Vcpu, cause: FlushCause) -> Result<(), Shutdown> {
     v.vmx.activity = activity::ACTIVE;
     (v.vmx.timer, v.vmx.mtf_pending, v.vmx.pending_debug, v.vmx.shadow) = (None, false, 0, 0);
     (v.vmx.virtual_nmi_blocked, v.vmx.iret_unblocked) = (false, false);
-    v.vmx.vectoring = None;
+    (v.vmx.vectoring, v.vmx.trap_exit) = (None, None);
+    v.mmu.set_apic_access(None);
     v.vmx.transitions += 1;
     v.cold.monitor = None;
     let pae = PagingMode::from_registers(v.state.cr0, v.state.cr4, v.state.efer) == PagingMode::Pae;

@@ -7,6 +7,7 @@
 //! VMCS, an MSR area or a bitmap address makes L0 panic or leave guest memory, because all of it goes through the
 //! physical map.
 
+pub mod apic;
 pub mod caps;
 pub mod checks;
 pub mod entry;
@@ -64,6 +65,8 @@ pub struct VmxState {
     pub virtual_nmi_blocked: bool,
     /// When the VMX-preemption timer runs out, in nanoseconds of the machine's clock.
     pub timer: Option<u64>,
+    /// An exit that comes after the instruction that caused it.
+    pub trap_exit: Option<PendingExit>,
     /// An MTF VM exit is pending.
     pub mtf_pending: bool,
     /// Pending debug exceptions that VM entry loaded, in the format of the VMCS field.

@@ -17,9 +17,13 @@ pub struct Text {
 
 impl Text {
     fn add(&mut self, text: &str) -> u32 {
-        let at = super::layout::TEXT + self.bytes.len() as u32;
-        self.bytes.extend(text.bytes().chain([0]));
-        at
+        let whole = [text.as_bytes(), &[0]].concat();
+        let known = self.bytes.windows(whole.len()).position(|bytes| bytes == whole);
+        let offset = known.unwrap_or(self.bytes.len());
+        if known.is_none() {
+            self.bytes.extend(whole);
+        }
+        super::layout::TEXT + offset as u32
     }
 }
 
@@ -32,6 +36,7 @@ pub struct Piece<'t> {
     text: &'t mut Text,
     print: CodeLabel,
     hex: CodeLabel,
+    decimal: CodeLabel,
     gp: CodeLabel,
     pf: CodeLabel,
 }
@@ -42,12 +47,14 @@ impl<'t> Piece<'t> {
     /// A piece of 32-bit code, or 64-bit (`wide`), that will start at `base` with what is emitted next.
     pub fn new(base: u32, wide: bool, text: &'t mut Text) -> Result<Self, IcedError> {
         let mut a = CodeAssembler::new(if wide { 64 } else { 32 })?;
-        let (print, hex, gp, pf) = (a.create_label(), a.create_label(), a.create_label(), a.create_label());
-        let mut piece = Piece { a, base, wide, text, print, hex, gp, pf };
+        let (print, hex, decimal) = (a.create_label(), a.create_label(), a.create_label());
+        let (gp, pf) = (a.create_label(), a.create_label());
+        let mut piece = Piece { a, base, wide, text, print, hex, decimal, gp, pf };
         let mut start = piece.a.create_label();
         piece.a.jmp(start)?;
         piece.emit_print()?;
         piece.emit_hex()?;
+        piece.emit_decimal()?;
         piece.emit_fault_handlers()?;
         piece.a.set_label(&mut start)?;
         Ok(piece)
@@ -130,6 +137,37 @@ impl<'t> Piece<'t> {
         self.a.set_label(&mut done)?;
         self.a.ret()?;
         self.hex = hex;
+        Ok(())
+    }
+
+    /// `decimal`: the number below 1000 at ESI, three columns wide. Clobbers EAX, EBX, ECX, EDX, ESI.
+    fn emit_decimal(&mut self) -> Emit {
+        let mut decimal = self.decimal;
+        self.a.set_label(&mut decimal)?;
+        self.a.mov(ebx, dword_ptr(esi))?;
+        // Not zero once a digit has been printed.
+        self.a.xor(esi, esi)?;
+        for place in [100, 10, 1] {
+            let (mut digit, mut put) = (self.a.create_label(), self.a.create_label());
+            self.a.mov(eax, ebx)?;
+            self.a.xor(edx, edx)?;
+            self.a.mov(ecx, place)?;
+            self.a.div(ecx)?;
+            self.a.mov(ebx, edx)?;
+            self.a.or(esi, eax)?;
+            if place > 1 {
+                self.a.test(esi, esi)?;
+                self.a.jne(digit)?;
+                self.a.mov(al, i32::from(b' '))?;
+                self.a.jmp(put)?;
+            }
+            self.a.set_label(&mut digit)?;
+            self.a.add(al, i32::from(b'0'))?;
+            self.a.set_label(&mut put)?;
+            self.emit_put()?;
+        }
+        self.a.ret()?;
+        self.decimal = decimal;
         Ok(())
     }
 
@@ -233,6 +271,12 @@ impl<'t> Piece<'t> {
         self.a.call(self.hex)
     }
 
+    /// Prints the number below 1000 at `address` in decimal, three columns wide.
+    pub fn say_decimal(&mut self, address: u32) -> Emit {
+        self.a.mov(esi, address)?;
+        self.a.call(self.decimal)
+    }
+
     /// Emits `body` so that it runs only when the 32-bit variable is `value`.
     pub fn when(&mut self, variable: u32, value: u32, body: impl FnOnce(&mut Self) -> Emit) -> Emit {
         let mut skip = self.a.create_label();
@@ -241,6 +285,16 @@ impl<'t> Piece<'t> {
         body(self)?;
         self.a.set_label(&mut skip)?;
         // A label needs an instruction of its own.
+        self.a.nop()
+    }
+
+    /// Emits `body` so that it runs only when the 32-bit variable is not `value`.
+    pub fn unless(&mut self, variable: u32, value: u32, body: impl FnOnce(&mut Self) -> Emit) -> Emit {
+        let mut skip = self.a.create_label();
+        self.a.cmp(dword_ptr(variable), value as i32)?;
+        self.a.je(skip)?;
+        body(self)?;
+        self.a.set_label(&mut skip)?;
         self.a.nop()
     }
 

@@ -6,7 +6,7 @@
 /// Where the image is loaded, and its Multiboot header.
 pub const IMAGE_BASE: u32 = 0x10_0000;
 /// The image's size; page tables and frames are the most of it.
-pub const IMAGE_SIZE: u32 = 0x8_0000;
+pub const IMAGE_SIZE: u32 = 0xc_0000;
 
 /// Entry: 32-bit protected mode without paging, as Multiboot leaves it.
 pub const ENTRY: u32 = IMAGE_BASE + 0x40;
@@ -28,10 +28,8 @@ pub const MAIN32: u32 = IMAGE_BASE + 0x2000;
 pub const FOUR: u32 = IMAGE_BASE + 0x6000;
 /// 32-bit code that changes CR4.LA57, which 64-bit code may not.
 pub const BETWEEN: u32 = IMAGE_BASE + 0x9000;
-/// 64-bit code under 5-level paging, and the end.
+/// 64-bit code under 5-level paging.
 pub const FIVE: u32 = IMAGE_BASE + 0xa000;
-/// Strings.
-pub const TEXT: u32 = IMAGE_BASE + 0xd000;
 /// GDT, and the pseudo-descriptors for LGDT and LIDT.
 pub const GDT: u32 = IMAGE_BASE + 0xf000;
 /// Pseudo-descriptors, eight bytes apart... the GDT's first, then one for each IDT.
@@ -39,13 +37,31 @@ pub const POINTERS: u32 = GDT + 0x100;
 /// IDTs, one for each piece that takes faults.
 pub const IDTS: u32 = IMAGE_BASE + 0x1_0000;
 /// The guest's variables.
-pub const VARIABLES: u32 = IMAGE_BASE + 0x1_3000;
+pub const VARIABLES: u32 = IMAGE_BASE + 0x1_5000;
 /// Frames that the rows map.
 pub const FRAMES: u32 = IMAGE_BASE + 0x1_8000;
-/// Page tables.
+/// Page tables, up to [`L1`].
 pub const TABLES: u32 = IMAGE_BASE + 0x3_0000;
 /// Stack of the 32- and 64-bit pieces, growing down.
 pub const STACK: u32 = IMAGE_BASE + 0x1_8000;
+/// The hypervisor L1, 64-bit code under 5-level paging, and the end.
+pub const L1: u32 = IMAGE_BASE + 0xa_0000;
+/// The programs of the guests L2.
+pub const L2: u32 = IMAGE_BASE + 0xa_6000;
+/// What L1 writes into its VMCS, table by table.
+pub const FIELDS: u32 = IMAGE_BASE + 0xa_7000;
+/// L1's variables.
+pub const L1_VARIABLES: u32 = IMAGE_BASE + 0xa_d000;
+/// The VMXON region.
+pub const VMXON: u32 = IMAGE_BASE + 0xa_e000;
+/// The VMCS.
+pub const VMCS: u32 = IMAGE_BASE + 0xa_f000;
+/// Strings.
+pub const TEXT: u32 = IMAGE_BASE + 0xb_0000;
+/// Where they end.
+pub const TEXT_END: u32 = IMAGE_BASE + 0xb_5000;
+/// The frame that L2's tables map, and one that EPT does not map at first.
+pub const L2_FRAMES: u32 = IMAGE_BASE + 0xb_5000;
 
 /// Selectors of the GDT's segments.
 pub mod selector {
@@ -97,6 +113,41 @@ pub mod var {
     pub const VENDOR: u32 = VARIABLES + 0x80;
     /// CPUID's brand string, 48 bytes and a zero.
     pub const BRAND: u32 = VARIABLES + 0x90;
+}
+
+/// L1's variables, eight bytes each.
+pub mod l1 {
+    use super::L1_VARIABLES;
+
+    /// Operands of VMXON and of VMCLEAR and VMPTRLD.
+    pub const VMXON_POINTER: u32 = L1_VARIABLES;
+    /// See [`VMXON_POINTER`].
+    pub const VMCS_POINTER: u32 = L1_VARIABLES + 0x08;
+    /// Not zero: the VMCS has been launched.
+    pub const LAUNCHED: u32 = L1_VARIABLES + 0x10;
+    /// Not zero: the processor lacks a control that this row wants.
+    pub const LACKING: u32 = L1_VARIABLES + 0x18;
+    /// The linear address that L2 is to read.
+    pub const L2_PROBE: u32 = L1_VARIABLES + 0x20;
+    /// What it read.
+    pub const VALUE: u32 = L1_VARIABLES + 0x28;
+    /// Exit reason; all ones when VM entry failed.
+    pub const REASON: u32 = L1_VARIABLES + 0x30;
+    /// Guest-physical address of an EPT violation.
+    pub const GUEST_PHYSICAL: u32 = L1_VARIABLES + 0x38;
+    /// Entries with the accessed flag set since they were last counted: L1's tables, L2's, and EPT's.
+    pub const WALKED: [u32; 3] = [L1_VARIABLES + 0x40, L1_VARIABLES + 0x48, L1_VARIABLES + 0x50];
+    /// Where L2's tables of the current row begin and end.
+    pub const L2_TABLES: u32 = L1_VARIABLES + 0x58;
+    /// See [`L2_TABLES`].
+    pub const L2_TABLES_END: u32 = L1_VARIABLES + 0x60;
+    /// How often the row is still to be run.
+    pub const PASSES: u32 = L1_VARIABLES + 0x68;
+    /// Descriptor of INVVPID and INVEPT, 16 bytes.
+    pub const DESCRIPTOR: u32 = L1_VARIABLES + 0x70;
+    /// Capabilities: bits that must be 1, bits that may be 1, 32 bits each; pin-based, processor-based, VM-exit, VM-entry
+    /// and secondary processor-based controls.
+    pub const CAPABILITIES: u32 = L1_VARIABLES + 0x80;
 }
 
 /// What real mode leaves for the 32-bit code that prints it; 16-bit words.

@@ -1,4 +1,4 @@
-//! The guest of `twofold demo`: one processor through real mode and every paging mode, a fault and a CR3 switch in each.
+//! The guest of `twofold demo`: one processor through real mode and every paging mode, then as a hypervisor of guests in each.
 //!
 //! The guest is made here, byte by byte, when the command runs: no download, no assembler, and the same image on any
 //! host. [`image`] gives a Multiboot 1 file (a.out kludge), so any loader that knows the format can run it; `twofold demo
@@ -8,12 +8,16 @@
 //! - [`tables`]: GDT, IDT and page tables of all four modes, built by one algorithm;
 //! - [`asm`]: a piece of code of one operand size: printing, fault handlers, checks;
 //! - [`rows`]: the rows of the table the guest prints, written once for 32- and 64-bit code;
-//! - [`program`]: the pieces in order, with the switches of mode between them.
+//! - [`program`]: the pieces in order, with the switches of mode between them;
+//! - [`guests`]: the guests L2, in every paging mode: their programs, page tables and what a VMCS says of them;
+//! - [`l1`]: the hypervisor L1, that runs them and looks at what each transition kept and dropped.
 //!
 //! The guest checks all it prints. It ends through ACPI's S5 (exit status 0) when everything was as expected, else by
 //! isa-debug-exit (exit status 3), and 5 when faults do not stop.
 
 mod asm;
+mod guests;
+mod l1;
 mod layout;
 mod program;
 mod rows;
@@ -57,6 +61,13 @@ impl Memory {
         let place = self.bytes.get_mut(start..start + bytes.len()).ok_or("past the image")?;
         place.copy_from_slice(bytes);
         Ok(())
+    }
+
+    /// The eight bytes at guest-physical `address`; 0 outside the image.
+    fn get64(&self, address: u32) -> u64 {
+        let start = address.wrapping_sub(IMAGE_BASE) as usize;
+        let bytes = self.bytes.get(start..start + 8).unwrap_or_default();
+        bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
     }
 
     fn put32(&mut self, address: u32, words: &[u32]) -> Result<(), String> {

@@ -92,6 +92,8 @@ pub struct ModeRows {
     switch_at: u64,
     /// Roots of address spaces A and B.
     pub roots: [u32; 2],
+    /// Where the tables of both begin and end.
+    pub tables: [u32; 2],
 }
 
 impl ModeRows {
@@ -104,6 +106,7 @@ impl ModeRows {
         faults: &[FaultRow],
         switch_at: u64,
     ) -> Result<Self, String> {
+        let start = tables.next();
         let a = tables.space(memory, paging)?;
         let b = tables.space(memory, paging)?;
         tables.set(memory, a, paging, switch_at, 12, u64::from(FRAME_A) | P | RW)?;
@@ -134,7 +137,13 @@ impl ModeRows {
             };
             rows.push((row, at, after));
         }
-        Ok(ModeRows { paging, name, faults: rows, switch_at, roots: [a, b] })
+        let ends = [start, tables.next()];
+        Ok(ModeRows { paging, name, faults: rows, switch_at, roots: [a, b], tables: ends })
+    }
+
+    /// The linear address that both address spaces map to a page of their own.
+    pub fn switch_at(&self) -> u64 {
+        self.switch_at
     }
 
     /// Emits all rows; the processor is in this mode, in address space A.

@@ -3,6 +3,7 @@
 use super::Memory;
 use super::layout::{GDT, IDTS, POINTERS, TABLES, selector};
 use twofold_arch::paging::{G, P, PS, RW};
+use twofold_arch::vmx::ept;
 
 /// A paging mode as its tables see it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +52,26 @@ pub struct Tables {
 impl Tables {
     pub fn new() -> Self {
         Tables { next: TABLES }
+    }
+
+    /// Where the next table will be.
+    pub fn next(&self) -> u32 {
+        self.next
+    }
+
+    /// EPT that maps the first 2 MiB to themselves, write-back, in 4 KiB pages; where its last table is, with the pages.
+    /// Returns the EPTP: four levels, accessed and dirty flags.
+    pub fn ept(&mut self, memory: &mut Memory) -> Result<(u64, u32), String> {
+        let tables = [self.page(), self.page(), self.page(), self.page()];
+        for pair in tables.windows(2) {
+            memory.put64(pair[0], &[u64::from(pair[1]) | ept::RWX])?;
+        }
+        let write_back = ept::memory_type::WB << ept::MEMORY_TYPE_SHIFT;
+        for page in 0..512 {
+            memory.put64(tables[3] + 8 * page, &[u64::from(page) << 12 | ept::RWX | write_back])?;
+        }
+        let eptp = u64::from(tables[0]) | ept::Eptp::ACCESSED_DIRTY | 3 << 3 | ept::memory_type::WB;
+        Ok((eptp, tables[3]))
     }
 
     fn page(&mut self) -> u32 {

@@ -1,6 +1,7 @@
 //! Tests of VMX on a bare vCPU: L1 is this test, in 64-bit mode with memory mapped to itself; L2 is real code that the
 //! evaluator runs. Names begin with the row of the table in `docs/` that they stand for.
 
+mod apic;
 mod events;
 mod guests;
 mod instructions;
