@@ -18,6 +18,10 @@ use crate::lower::{Buffers, LoweredRegion, lower_region};
 /// Slots of regions are numbered from here on, so that they differ from those of the root's own code.
 pub const REGION_SLOTS: u16 = 0x8000;
 
+/// What a block of a region counts: where the guest block that it stands for begins, an offset in the page, and its entry of
+/// the table at `CpuState::exec_counts`. A block that was joined of several has as many.
+pub type Counter = (u16, u32);
+
 /// Room before the code: a multiple of the alignment of constants and loops.
 const HEADER: usize = 64;
 /// `mov rdi, rbp`: RBP is the state at entry, the function's parameter is in RDI.
@@ -52,12 +56,12 @@ impl RegionCompiler {
         Ok(Self { options, isa, context, control, buffers })
     }
 
-    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` the code of each
-    /// adds one to those entries of the table at `CpuState::exec_counts`.
+    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` the code of
+    /// each counts.
     ///
     /// # Errors
     /// See [`CompileError`]; the blocks then keep the code they have.
-    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[Vec<u32>]>) -> Result<CompiledTb, CompileError> {
+    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[Vec<Counter>]>) -> Result<CompiledTb, CompileError> {
         let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(blocks, counters)));
         result.unwrap_or_else(|payload| {
             // What a panic left behind is not to be trusted.
@@ -80,7 +84,7 @@ impl RegionCompiler {
         Ok(self.context.func.display().to_string())
     }
 
-    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[Vec<u32>]>) -> Result<CompiledTb, CompileError> {
+    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[Vec<Counter>]>) -> Result<CompiledTb, CompileError> {
         self.context.clear();
         let lowered = lower_region(&mut self.context.func, blocks, counters, &mut self.buffers)?;
         if self.options.verify {

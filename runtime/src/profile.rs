@@ -35,8 +35,8 @@ struct Piece {
 enum What {
     /// A thunk of this name.
     Thunk(String),
-    /// The block of the guest code at this address.
-    Block(u64),
+    /// The block of the guest code at this address, or the region that begins there; its tier.
+    Block(u64, &'static str),
 }
 
 /// A profile that is being gathered.
@@ -86,9 +86,9 @@ impl PerfLog {
         self.pieces.push(Piece { at: timestamp(), start, len, code: bytes, what });
     }
 
-    /// Notes a block that has been installed in `memory`. True when it is time for [`PerfLog::write`].
-    pub fn installed(&mut self, memory: &CodeMemory, tb: &InstalledTb, rip: u64) -> bool {
-        self.note(memory, tb.code.clone(), What::Block(rip));
+    /// Notes a block or region that has been installed in `memory`. True when it is time for [`PerfLog::write`].
+    pub fn installed(&mut self, memory: &CodeMemory, tb: &InstalledTb, rip: u64, tier: &'static str) -> bool {
+        self.note(memory, tb.code.clone(), What::Block(rip, tier));
         self.code >= MOST_CODE
     }
 
@@ -110,9 +110,9 @@ impl PerfLog {
     fn add(&mut self, p: &Piece) -> std::io::Result<()> {
         let name = match &p.what {
             What::Thunk(name) => format!("twofold:{name}"),
-            What::Block(rip) => match self.symbols.name(*rip) {
-                Some(name) => format!("guest:{name} [quick]"),
-                None => format!("guest:{rip:#x} [quick]"),
+            What::Block(rip, tier) => match self.symbols.name(*rip) {
+                Some(name) => format!("guest:{name} [{tier}]"),
+                None => format!("guest:{rip:#x} [{tier}]"),
             },
         };
         self.out.add_at(p.at, p.start, p.len, &p.code, &name)
@@ -148,10 +148,10 @@ mod tests {
 
     #[test]
     fn the_last_block_at_a_place_has_it() {
-        let piece = |start, len, rip| Piece { at: 0, start, len, code: Vec::new(), what: What::Block(rip) };
+        let piece = |start, len, rip| Piece { at: 0, start, len, code: Vec::new(), what: What::Block(rip, "quick") };
         let pieces = [piece(0x100, 0x40, 1), piece(0x140, 0x20, 2), piece(0x160, 0x20, 3), piece(0x120, 0x30, 4)];
         let left: Vec<u64> =
-            last_of_each(&pieces).iter().map(|p| if let What::Block(rip) = p.what { rip } else { 0 }).collect();
+            last_of_each(&pieces).iter().map(|p| if let What::Block(rip, _) = p.what { rip } else { 0 }).collect();
         assert_eq!(left, [4, 3]);
     }
 }

@@ -140,7 +140,7 @@ fn hot(vcpu: &Vcpu, symbol: impl Fn(u64) -> Option<String>) -> Value {
             "symbol": symbol(b.rip),
             "executions": b.times,
             "instructions": b.insns,
-            "tier": if b.compiled { "quick" } else { "eval" },
+            "tier": b.tier,
         })
     });
     Value::Array(rows.collect())

@@ -24,6 +24,7 @@ use twofold_ir::{Block, Exit, Op, Ty};
 use super::{Buffers, Lowered, Lowering, Shape, V, signature};
 use crate::compiler::CompileError;
 use crate::layout;
+use crate::region::Counter;
 use crate::thunk::Thunk;
 use slots::Slots;
 use windows::Role;
@@ -156,11 +157,11 @@ struct RegionLowering<'a> {
     tlb: MemFlagsData,
 }
 
-/// Fills `func` (cleared) with the region's CLIF. `counters`: for each block the entries of the table of execution counts.
+/// Fills `func` (cleared) with the region's CLIF. `counters`: what each block counts.
 pub(crate) fn lower_region(
     func: &mut Function,
     blocks: &[Block],
-    counters: Option<&[Vec<u32>]>,
+    counters: Option<&[Vec<Counter>]>,
     buf: &mut Buffers,
 ) -> Result<LoweredRegion, CompileError> {
     let root = blocks.first().ok_or(CompileError::Malformed)?;
@@ -246,7 +247,7 @@ impl RegionLowering<'_> {
     }
 
     /// One block.
-    fn block(&mut self, i: usize, counters: &[u32]) -> Result<(), CompileError> {
+    fn block(&mut self, i: usize, counters: &[Counter]) -> Result<(), CompileError> {
         let b = &self.blocks[i];
         self.at = i;
         self.l.block = b;
@@ -263,7 +264,6 @@ impl RegionLowering<'_> {
         self.budget = dfg.append_block_param(head, types::I32);
         self.dirty = self.graph.dirty[i];
         self.budget = self.l.cur.ins().iadd_imm_s(self.budget, -i64::from(b.retired));
-        counters.iter().for_each(|&c| self.count(c));
         let end = b.end.ok_or(CompileError::Malformed)?;
         let mut next_insn = 0;
         for (n, op) in b.ops.iter().enumerate() {
@@ -271,8 +271,12 @@ impl RegionLowering<'_> {
                 self.sites.push((insn.off, b.retired.saturating_sub(next_insn as u16)));
                 self.l.cur.set_srcloc(SourceLoc::new(self.sites.len() as u32 - 1));
                 next_insn += 1;
+                counters.iter().filter(|c| c.0 == insn.off).for_each(|c| self.count(c.1));
             }
             self.op(n, op)?;
+        }
+        for insn in b.insns.iter().skip(next_insn) {
+            counters.iter().filter(|c| c.0 == insn.off).for_each(|c| self.count(c.1));
         }
         self.leave(&end, b.retired)
     }

@@ -231,7 +231,7 @@ fn compile_region(
         blocks.push(retranslate(job, piece).ok_or(CompileError::Malformed)?);
     }
     let pieces = std::iter::once(&job.root).chain(others);
-    let counters = pieces.map(|p| p.counter.into_iter().collect()).collect();
+    let counters = pieces.map(|p| p.counter.into_iter().map(|c| (p.off, c)).collect()).collect();
     let (mut blocks, counters) = join_all(blocks, counters);
     for block in &mut blocks {
         passes.run(block, &PassOptions::default());
@@ -359,11 +359,11 @@ fn take(vcpu: &mut Vcpu, done: Done) {
     }
 }
 
-/// `--perf`: notes the block.
-pub(super) fn profile(vcpu: &mut Vcpu, id: TbId, installed: &twofold_backend::InstalledTb) {
+/// `--perf`: notes the code of block `id`, or of the region that it is the root of.
+pub(super) fn profile(vcpu: &mut Vcpu, id: TbId, installed: &twofold_backend::InstalledTb, tier: &'static str) {
     let rip = vcpu.jit.tbs.get(id).rip;
     let (Some(mut log), Some(code)) = (vcpu.jit.perf.take(), &vcpu.jit.code) else { return };
-    if log.installed(code, installed, rip) {
+    if log.installed(code, installed, rip, tier) {
         log.write(vcpu);
     }
     vcpu.jit.perf = Some(log);
@@ -377,7 +377,7 @@ fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
             Ok(installed) => {
                 vcpu.counters.compiled += 1;
                 vcpu.counters.code_bytes += compiled.len() as u64;
-                profile(vcpu, id, &installed);
+                profile(vcpu, id, &installed, "quick");
                 vcpu.jit.tbs.set_code(id, installed);
                 return;
             }

@@ -27,8 +27,8 @@ pub struct Executions {
     pub insns: u16,
     /// Times it was entered.
     pub times: u64,
-    /// Whether it had host code.
-    pub compiled: bool,
+    /// The highest tier that it was in.
+    pub tier: &'static str,
 }
 
 impl Executions {
@@ -96,7 +96,7 @@ impl ExecCounts {
             .and_modify(|e| {
                 e.times += did.times;
                 e.insns = e.insns.max(did.insns);
-                e.compiled |= did.compiled;
+                e.tier = did.tier;
             })
             .or_insert(did);
     }
@@ -110,7 +110,11 @@ impl ExecCounts {
             pa: tb.key.pa.0,
             insns: tb.insns,
             times: counted + u64::from(tb.runs),
-            compiled: tb.tier == TierState::Compiled,
+            tier: match tb.tier {
+                TierState::Compiled if tb.in_regions.is_empty() => "quick",
+                TierState::Compiled => "opt",
+                _ => "eval",
+            },
         }
     }
 

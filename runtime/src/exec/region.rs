@@ -175,6 +175,7 @@ pub fn install(vcpu: &mut Vcpu, members: &[(TbId, u64)], compiled: &CompiledTb) 
     for &id in &members {
         vcpu.jit.tbs.get_mut(id).in_regions.push(root);
     }
+    compile::profile(vcpu, root, &installed, "opt");
     let entry = installed.entry;
     let tb = vcpu.jit.tbs.get_mut(root);
     tb.region = Some(Box::new(Region { code: installed, members }));
