@@ -222,6 +222,16 @@ impl Guest {
         self.ranges.push((at, len));
     }
 
+    /// The guest as a Multiboot image.
+    #[must_use]
+    pub fn image(&self) -> Vec<u8> {
+        let mut whole = self.clone();
+        for (i, &(at, len)) in self.ranges.iter().enumerate() {
+            whole.put32(RANGES + 8 * i as u32, &[at, len]);
+        }
+        whole.image
+    }
+
     /// Runs the guest to its end.
     ///
     /// # Panics
@@ -230,14 +240,11 @@ impl Guest {
     #[track_caller]
     pub fn run(&self, tier: Tier) -> Ran {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let mut image = self.clone();
-        for (i, &(at, len)) in self.ranges.iter().enumerate() {
-            image.put32(RANGES + 8 * i as u32, &[at, len]);
-        }
+        let image = self.image();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let file = std::env::temp_dir().join(format!("twofold-guest-{}-{number}", std::process::id()));
         let outcome = run(&Config {
-            kernel_image: Some(Arc::from(image.image)),
+            kernel_image: Some(Arc::from(image)),
             memory: 16 << 20,
             tier,
             serial: Console::None,
