@@ -217,6 +217,12 @@ impl Guest {
         (made, code)
     }
 
+    /// The Multiboot image, without the ranges to dump.
+    #[must_use]
+    pub fn image(&self) -> &[u8] {
+        &self.image
+    }
+
     /// Asks for memory at the end of the run.
     pub fn dump(&mut self, at: u32, len: u32) {
         self.ranges.push((at, len));
