@@ -32,6 +32,8 @@ pub enum Trap {
     Exception(Exception),
     /// A VM exit, whose particulars are in [`Vcpu::vmx`].
     VmExit,
+    /// It would write to the block that it runs in: it runs again on its own.
+    Restart,
 }
 
 impl From<Exception> for Trap {
@@ -43,9 +45,10 @@ impl From<Exception> for Trap {
 impl Trap {
     /// Writes the trap where translated code's caller finds it.
     pub fn record(self, record: &mut FaultRecord) {
-        let Trap::Exception(e) = self else {
-            record.pending = PENDING_VM_EXIT;
-            return;
+        let e = match self {
+            Trap::Exception(e) => e,
+            Trap::VmExit => return record.pending = PENDING_VM_EXIT,
+            Trap::Restart => return record.pending = crate::exec::dispatch::PENDING_RESTART,
         };
         record.pending = PENDING_EXCEPTION;
         record.vector = e.vector as u32;
@@ -133,6 +136,8 @@ pub struct Vcpu {
     pub waker: Arc<Waker>,
     /// Runs in turn with others on one thread (see [`crate::exec::turns`]).
     pub in_turn: bool,
+    /// A helper that a block called is at work: what it writes may be that block.
+    pub in_helper: bool,
     /// Gives up the rest of its turn: it spins.
     pub yields: bool,
     /// Waits for a start-up IPI.
@@ -164,6 +169,7 @@ impl Vcpu {
             waker: Waker::new(),
             watch: crate::cpu::debug::Watch::default(),
             in_turn: false,
+            in_helper: false,
             yields: false,
             wait_for_sipi: false,
             debug: DebugItems::default(),
@@ -315,6 +321,10 @@ impl Vcpu {
         let r = self.mmu.translate(&self.space, la, access);
         self.after_fill(la, access, r.as_ref().err());
         let t = r.map_err(|f| self.trap_of(f, stack))?;
+        if write {
+            // INS asks before it asks the device.
+            self.guard_running_block(la, 8, access)?;
+        }
         // Data breakpoints see single accesses only.
         let host = t.host.filter(|_| !self.watch.armed);
         Ok(host.map(|h| (std::ptr::with_exposed_provenance_mut(h as usize), (PAGE_SIZE - la.page_offset()) as usize)))
@@ -455,7 +465,28 @@ impl Vcpu {
         }
     }
 
+    /// A helper that is about to write to bytes of the block that called it must not: the rest of that block would be stale.
+    fn guard_running_block(&mut self, la: LinearAddr, len: usize, access: Access) -> Result<(), Trap> {
+        if !self.in_helper || self.jit.alone {
+            return Ok(());
+        }
+        let (mut at, mut left) = (la, len as u64);
+        while left != 0 {
+            let n = left.min(PAGE_SIZE - at.page_offset());
+            let r = self.mmu.translate(&self.space, at, access);
+            self.after_fill(at, access, r.as_ref().err());
+            // A fault is for the access itself to raise.
+            let Ok(t) = r else { return Ok(()) };
+            if self.mmu.code().touches(t.pa, n) && crate::exec::slow::is_running(self, t.pa, n) {
+                return Err(Trap::Restart);
+            }
+            (at, left) = (LinearAddr(at.0.wrapping_add(n)), left - n);
+        }
+        Ok(())
+    }
+
     fn write_access(&mut self, la: LinearAddr, size: u32, value: u64, access: Access, stack: bool) -> Result<(), Trap> {
+        self.guard_running_block(la, size as usize, access)?;
         let r = self.mmu.write(&self.space, la, size, value, access);
         self.after_fill(la, access, r.as_ref().err());
         match r.map_err(|f| self.trap_of(f, stack))? {
@@ -476,6 +507,7 @@ impl Vcpu {
     }
 
     fn write_bytes_access(&mut self, la: LinearAddr, data: &[u8], access: Access, stack: bool) -> Result<(), Trap> {
+        self.guard_running_block(la, data.len(), access)?;
         let r = self.mmu.write_bytes(&self.space, la, data, access);
         self.after_fill(la, access, r.as_ref().err());
         match r.map_err(|f| self.trap_of(f, stack))? {

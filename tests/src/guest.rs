@@ -217,12 +217,6 @@ impl Guest {
         (made, code)
     }
 
-    /// The Multiboot image, without the ranges to dump.
-    #[must_use]
-    pub fn image(&self) -> &[u8] {
-        &self.image
-    }
-
     /// Asks for memory at the end of the run.
     pub fn dump(&mut self, at: u32, len: u32) {
         self.ranges.push((at, len));
@@ -247,6 +241,10 @@ impl Guest {
     pub fn run(&self, tier: Tier) -> Ran {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let image = self.image();
+        if let Some(path) = std::env::var_os("TWOFOLD_GUEST_IMAGE") {
+            // For a look at the guest with `twofold run`.
+            std::fs::write(path, &image).expect("the image is written");
+        }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let file = std::env::temp_dir().join(format!("twofold-guest-{}-{number}", std::process::id()));
         let outcome = run(&Config {

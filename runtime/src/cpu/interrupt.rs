@@ -79,6 +79,8 @@ impl Delivery {
 /// Shutdown, after a fault during the delivery of a double fault.
 pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
     let mut event = event;
+    // No block goes on behind this.
+    v.in_helper = false;
     loop {
         if v.vmx.non_root {
             if intercept::event(v, &event) {
@@ -101,6 +103,7 @@ pub fn deliver(v: &mut Vcpu, event: Event) -> Result<(), Shutdown> {
                 return Ok(());
             }
             Err(Trap::Exception(e)) => with_ext(e),
+            Err(Trap::Restart) => return Ok(()),
             Err(Trap::VmExit) => {
                 v.vmx.exit.cause = vmx::Cause::Delivery { rf: d.rf };
                 return vmx::exit::perform(v);
@@ -160,6 +163,7 @@ pub fn inject(v: &mut Vcpu, info: InterruptionInfo, error: u32, length: u32) -> 
     let vector = info.vector();
     let d = Delivery { vector, error: info.has_error_code().then_some(error), rip, software: checked, rf: false };
     v.vmx.vectoring = Some(vmx::Vectoring { info, error, length: software.then_some(length) });
+    v.in_helper = false;
     let result = if kind == Some(EventType::SoftwareInterrupt) && is_v86(&v.state) {
         soft_int_v86(v, &d)
     } else {
@@ -182,6 +186,7 @@ pub fn inject(v: &mut Vcpu, info: InterruptionInfo, error: u32, length: u32) -> 
             v.vmx.exit.cause = vmx::Cause::Delivery { rf: v.state.rflags() & rflags::RF != 0 };
             vmx::exit::perform(v)
         }
+        Err(Trap::Restart) => Ok(()),
         Err(Trap::Exception(e)) => {
             let fault = if checked { e } else { with_ext(e) };
             let first = (kind == Some(EventType::HardwareException)).then(|| Vector::from_number(vector)).flatten();
@@ -286,6 +291,8 @@ pub fn deliver_trap(v: &mut Vcpu, trap: Trap) -> Result<(), Shutdown> {
     match trap {
         Trap::Exception(e) => deliver(v, Event::Exception(e)),
         Trap::VmExit => vmx::exit::perform(v),
+        // The dispatcher sees to it.
+        Trap::Restart => Ok(()),
     }
 }
 

@@ -129,7 +129,10 @@ pub fn call_helper(v: &mut Vcpu, helper: Helper, args: [u64; 4]) -> Helped {
 unsafe extern "C" fn thunk<const N: usize>(state: *mut CpuState, a: u64, b: u64, c: u64, d: u64) -> u64 {
     // SAFETY: says the caller; `vcpu` was exposed when it was stored.
     let v = unsafe { &mut *std::ptr::with_exposed_provenance_mut::<Vcpu>((*state).vcpu as usize) };
-    match run(v, Helper::ALL[N], [a, b, c, d]) {
+    v.in_helper = true;
+    let result = run(v, Helper::ALL[N], [a, b, c, d]);
+    v.in_helper = false;
+    match result {
         Ok(value) => value,
         Err(trap) => {
             trap.record(&mut v.state.fault);

@@ -332,6 +332,8 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
 
 /// Runs block after block while nothing but RIP changes.
 fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
+    // The way out of the last block leads to this one only if nothing came between, such as a fault of the fetch.
+    (vcpu.jit.link_from, vcpu.jit.fill_jump_cache) = (None, false);
     let mut id = match locate(vcpu, flags) {
         Ok(id) => id,
         Err(trap) => return Next::Trap(trap),

@@ -143,18 +143,23 @@ fn guard_running_block(
     if !parts.iter().any(|p| vcpu.mmu.code().touches(p.pa, u64::from(p.len))) || vcpu.jit.alone {
         return Ok(());
     }
-    let running = vcpu.jit.current.or_else(|| vcpu.jit.code_block(vcpu.state.host_ret));
-    let Some(running) = running else { return Ok(()) };
-    let tb = vcpu.jit.tbs.get(running);
-    let region = tb.region.as_ref().filter(|r| r.code.code.contains(&vcpu.state.host_ret));
-    for part in parts.iter() {
-        let hit = vcpu.jit.tbs.touching(part.pa, u64::from(part.len));
-        if hit.iter().any(|id| *id == running || region.is_some_and(|r| r.members.contains(id))) {
-            vcpu.counters.smc_restarts += 1;
-            return Err(Abandoned::Restart);
-        }
+    if parts.iter().any(|p| is_running(vcpu, p.pa, u64::from(p.len))) {
+        return Err(Abandoned::Restart);
     }
     Ok(())
+}
+
+/// Whether the block or region that is running was made from any of `len` bytes at `pa`, all in one page. Counted: whoever
+/// asks gives the instruction up.
+pub fn is_running(vcpu: &mut Vcpu, pa: twofold_arch::PhysAddr, len: u64) -> bool {
+    let running = vcpu.jit.current.or_else(|| vcpu.jit.code_block(vcpu.state.host_ret));
+    let Some(running) = running else { return false };
+    let tb = vcpu.jit.tbs.get(running);
+    let region = tb.region.as_ref().filter(|r| r.code.code.contains(&vcpu.state.host_ret));
+    let hit = vcpu.jit.tbs.touching(pa, len);
+    let is = hit.iter().any(|id| *id == running || region.is_some_and(|r| r.members.contains(id)));
+    vcpu.counters.smc_restarts += u64::from(is);
+    is
 }
 
 /// Drops the blocks that were made from bytes written since the last call.

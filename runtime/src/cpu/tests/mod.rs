@@ -148,6 +148,7 @@ fn exception(r: Helped) -> Exception {
     match r.expect_err("no exception") {
         Trap::Exception(e) => e,
         Trap::VmExit => panic!("a VM exit"),
+        Trap::Restart => panic!("no block runs"),
     }
 }
 fn assert_gp(r: Helped, error: u32) {
