@@ -84,7 +84,11 @@ impl RegionCompiler {
         Ok(self.context.func.display().to_string())
     }
 
-    fn compile_inner(&mut self, blocks: &[Block], counters: Option<&[Vec<Counter>]>) -> Result<CompiledTb, CompileError> {
+    fn compile_inner(
+        &mut self,
+        blocks: &[Block],
+        counters: Option<&[Vec<Counter>]>,
+    ) -> Result<CompiledTb, CompileError> {
         self.context.clear();
         let lowered = lower_region(&mut self.context.func, blocks, counters, &mut self.buffers)?;
         if self.options.verify {

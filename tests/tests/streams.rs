@@ -97,7 +97,7 @@ fn slot(guest: &mut Guest, at: u32, bytes: &[u8]) {
     all.resize(16, 0x90);
     // Short slots end by one long NOP or by many short ones.
     let rest = 16 - bytes.len();
-    if (3..=9).contains(&rest) && bytes.len() % 2 == 0 {
+    if (3..=9).contains(&rest) && bytes.len().is_multiple_of(2) {
         let nop: &[u8] = match rest {
             3 => &[0x0f, 0x1f, 0x00],
             4 => &[0x0f, 0x1f, 0x40, 0x00],
@@ -124,7 +124,7 @@ fn aim(insn: &Instruction, bits: Bits, rng: &mut Rng) -> Option<Vec<u8>> {
     let scaled = if index == Register::None { 0 } else { rng.below(64) };
     let narrow = base.size() == 2;
     let target =
-        u64::from(if narrow { DATA16 } else { DATA }) + rng.below(SPAN) & if rng.below(2) == 0 { !15 } else { !0 };
+        (u64::from(if narrow { DATA16 } else { DATA }) + rng.below(SPAN)) & if rng.below(2) == 0 { !15 } else { !0 };
     let scale = if narrow { 1 } else { u64::from(insn.memory_index_scale()) };
     let start = target.wrapping_sub(insn.memory_displacement64()).wrapping_sub(scaled * scale);
     let mut a = CodeAssembler::new(match bits {
