@@ -315,6 +315,11 @@ impl EptWalk {
         Err((reason, self.fault(gpa, access, all, reason)))
     }
 
+    /// Where the last entry read is.
+    pub fn leaf(&self) -> PhysAddr {
+        self.read().last().map_or(PhysAddr(0), |s| s.at)
+    }
+
     /// After a walk that ended at the last level: the page table used, with the rights that the entries above have in common.
     pub fn table(&self) -> EptPage {
         let Some((leaf, above)) = self.read().split_last() else { return EptPage(0) };

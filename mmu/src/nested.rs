@@ -5,12 +5,12 @@
 //! to a guest paging structure is a guest-physical access of its own (row F1). Invariants: a cached mapping is only used
 //! under the EP4TA and the shape it was made under (rows D2, D7) and for an access that it allows; every refusal, and
 //! every flag that must be set, comes from a walk of EPT as it is now. A writable mapping is only cached as such once its D
-//! flag needs no setting.
+//! flag needs no setting, and a page is only written to by a cached mapping while that flag is set.
 //! Sources: SDM Vol 3C, "Caching Translation Information", "EPT Violations", "Exit Qualification for EPT Violations".
 
 use twofold_arch::vmx::ept::{D, PS, R, W};
 use twofold_arch::vmx::qualification::ept_violation as q;
-use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT};
+use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_SHIFT, PhysAddr};
 
 use crate::ept::{EptAccess, EptControls, EptCounts, EptPage, EptWalk, Pml};
 use crate::rights::Rights;
@@ -27,9 +27,11 @@ struct Entry {
     /// Address of the guest-physical page (4 KiB, or 2 MiB), and in the low bits the epoch it was cached in.
     tag: u64,
     page: EptPage,
+    /// Where the entry that maps the page is, with its D flag.
+    leaf: PhysAddr,
 }
 
-const EMPTY: Entry = Entry { tag: 0, page: EptPage(0) };
+const EMPTY: Entry = Entry { tag: 0, page: EptPage(0), leaf: PhysAddr(0) };
 
 /// Epochs fit in a page offset; 0 is never current.
 const EPOCHS: u64 = 1 << PAGE_SHIFT;
@@ -95,13 +97,13 @@ impl GpaCache {
     }
 
     #[inline]
-    fn find(&self, gpa: GuestPhysAddr) -> Option<EptPage> {
+    fn find(&self, gpa: GuestPhysAddr) -> Option<&Entry> {
         let e = &self.small[slot(gpa, 12, SMALL)];
         if e.tag == gpa.page().0 | self.epoch {
-            return Some(e.page);
+            return Some(e);
         }
         let e = &self.large[slot(gpa, LARGE_SHIFT, LARGE)];
-        (e.tag == self.large_tag(gpa) && e.page.0 & PS != 0).then_some(e.page)
+        (e.tag == self.large_tag(gpa) && e.page.0 & PS != 0).then_some(e)
     }
 
     #[inline]
@@ -115,21 +117,21 @@ impl GpaCache {
         (e.tag == self.large_tag(gpa) && e.page.0 & PS == 0).then_some(e.page)
     }
 
-    fn insert_small(&mut self, gpa: GuestPhysAddr, page: EptPage) {
-        self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page };
+    fn insert_small(&mut self, gpa: GuestPhysAddr, page: EptPage, walk: &EptWalk) {
+        self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page, leaf: walk.leaf() };
     }
 
     /// Caches what a walk found: a page, and on the way to a small one the table it is in.
     fn insert(&mut self, gpa: GuestPhysAddr, page: EptPage, walk: &EptWalk) {
         let region = if page.shift() == 12 {
-            self.insert_small(gpa, page);
+            self.insert_small(gpa, page, walk);
             walk.table()
         } else {
             // A mapping of the address in the other array would be found first.
             self.small[slot(gpa, 12, SMALL)] = EMPTY;
             page
         };
-        self.large[slot(gpa, LARGE_SHIFT, LARGE)] = Entry { tag: self.large_tag(gpa), page: region };
+        self.large[slot(gpa, LARGE_SHIFT, LARGE)] = Entry { tag: self.large_tag(gpa), page: region, leaf: walk.leaf() };
     }
 }
 
@@ -180,12 +182,25 @@ impl<'a> Nested<'a> {
         if self.bypass {
             return None;
         }
-        let page = self.cache.as_ref()?.find(gpa)?;
+        let page = self.cache.as_ref()?.find(gpa)?.page;
         if page.0 & need != need {
             return None;
         }
         self.counts.hits += 1;
         Some(page)
+    }
+
+    /// As [`Self::cached`], for a write, if the D flag of the entry that maps the page is still set. A processor may remember
+    /// that it was; but those that cache only combined mappings of pages do not, and software has come to rely on seeing
+    /// the flag set again after an invalidation of those alone, as a VM entry without VPIDs is.
+    fn cached_dirty(&mut self, gpa: GuestPhysAddr, need: u64) -> Option<EptPage> {
+        if self.controls.accessed_dirty && !self.bypass {
+            let leaf = self.cache.as_ref()?.find(gpa)?.leaf;
+            if self.memory.load_u64(leaf) & D == 0 {
+                return None;
+            }
+        }
+        self.cached(gpa, need)
     }
 
     /// The page of `gpa`, if `access` is allowed.
@@ -209,7 +224,7 @@ impl<'a> Nested<'a> {
             if let Some(page) = walk.last_level(&self.controls, self.memory, gpa, table, access) {
                 // The table may have been found in what is not in memory any more.
                 self.counts.hits += 1;
-                cache.insert_small(gpa, page);
+                cache.insert_small(gpa, page, &walk);
                 return Ok(page);
             }
         }
@@ -297,8 +312,11 @@ impl GuestPhysical for Nested<'_> {
         }
         let qualification = (q::READ | q::WRITE | q::LINEAR_VALID) as u32;
         let access = EptAccess { need: W | D, qualification, la: Some(la) };
-        let pa = self.find(at, &access)?.place(at);
-        Ok(self.memory.exchange(pa, width, old, new))
+        let page = match self.cached_dirty(at, access.need) {
+            Some(page) => page,
+            None => self.find_uncached(at, &access)?,
+        };
+        Ok(self.memory.exchange(page.place(at), width, old, new))
     }
 
     #[inline]
@@ -309,7 +327,9 @@ impl GuestPhysical for Nested<'_> {
         rights: Rights,
         la: LinearAddr,
     ) -> Result<Frame, EptFault> {
-        let page = match self.cached(at, Self::need(&self.controls, kind, rights.user)) {
+        let need = Self::need(&self.controls, kind, rights.user);
+        let cached = if kind == AccessKind::Write { self.cached_dirty(at, need) } else { self.cached(at, need) };
+        let page = match cached {
             Some(page) => page,
             None => {
                 let access = Self::access(&self.controls, kind, Some((la, rights)));

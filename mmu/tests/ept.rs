@@ -441,6 +441,26 @@ fn f6_dirty_after_clearing() {
     assert_eq!(b.entry(PAGE, 1) & D, D);
 }
 
+/// Row F6: software that clears D and has only combined mappings dropped, as a VM entry without VPIDs does, sees it set again.
+#[test]
+fn f6_dirty_after_clearing_without_invept() {
+    for large in [false, true] {
+        let mut b = Bench::new(4, AD);
+        b.space.vpid = 0;
+        if large {
+            b.set_guest(b.at(PAGE, 2), 0x80 | WB | R | W | X);
+        }
+        b.fresh();
+        let (level, op) = (if large { 2 } else { 1 }, Op::Write);
+        b.access(0, op, Who::User).unwrap();
+        b.set_guest(b.at(PAGE, level), b.entry(PAGE, level) & !D);
+        let space = b.space;
+        let _ = b.mmu.vm_transition(&space, FlushCause::VmEntry, false);
+        b.access(0, op, Who::User).unwrap();
+        assert_eq!(b.entry(PAGE, level) & D, D);
+    }
+}
+
 /// Row F7: each page that becomes dirty is logged once, aligned, downwards; at index FFFFH the log is full, and the access that
 /// would set a flag is not made.
 #[test]
@@ -719,6 +739,133 @@ fn e3_violations_drop_the_address() {
     assert_eq!(b.access(0, Op::Read, Who::User), Ok(0x4_0000), "dropped by the violation");
     assert_eq!(b.access(0x1000, Op::Read, Who::User), Ok(PAGE + 0x1000), "not this one's");
     assert_eq!(b.mmu.stats().flushes_by(FlushCause::EptViolation), 1);
+}
+
+/// Row E3: a violation in a 2 MiB page drops its guest-physical mapping, which serves other linear addresses too.
+#[test]
+fn e3_violations_drop_large_pages() {
+    let mut b = Bench::new(4, 0);
+    b.set_guest(GUEST + 0x3008, (PAGE + 0x1000) | 0x67);
+    let at = b.at(PAGE, 2);
+    b.set_guest(at, 0x80 | WB | R | X);
+    assert_eq!(b.access(0, Op::Read, Who::User), Ok(PAGE));
+    // The tables are on that page too, and it moves to page tables; all but one page where it was.
+    b.set_guest(at, (EPT + 0x3000) | R | W | X);
+    b.set_leaf(PAGE, FRAME | WB | R);
+    assert_eq!(violation(b.access(0, Op::Write, Who::User)).1, PAGE);
+    assert_eq!(b.access(0, Op::Read, Who::User), Ok(FRAME));
+    assert_eq!(b.access(0x1000, Op::Read, Who::User), Ok(PAGE + 0x1000));
+}
+
+/// Row E1: INVVPID of one VPID drops global pages, its retaining kind does not; of all VPIDs, not VPID 0000H.
+#[test]
+fn e1_invvpid_and_global_pages() {
+    use twofold_mmu::Invvpid;
+    for (what, local, global) in [
+        (Invvpid::Single { vpid: 1 }, false, false),
+        (Invvpid::SingleRetainingGlobals { vpid: 1 }, false, true),
+        (Invvpid::All, false, false),
+        (Invvpid::Single { vpid: 2 }, true, true),
+        (Invvpid::Address { vpid: 1, la: LinearAddr(0x1fff) }, true, false),
+    ] {
+        let mut b = Bench::new(4, 0);
+        b.space.pge = true;
+        b.set_guest(GUEST + 0x3008, PAGE | 0x167);
+        b.fresh();
+        let walks = |b: &Bench| b.mmu.stats().ept_walks;
+        for la in [0, 0x1000] {
+            b.access(la, Op::Read, Who::User).unwrap();
+        }
+        let before = walks(&b);
+        b.mmu.invvpid(what);
+        let cached = |la| b.mmu.load_cached(MemMode::User, LinearAddr(la), 8).is_some();
+        assert_eq!((cached(0), cached(0x1000)), (local, global), "{what:?}");
+        b.access(0, Op::Read, Who::User).unwrap();
+        assert_eq!(walks(&b), before, "no guest-physical mapping goes");
+    }
+    let mut b = Bench::new(4, 0);
+    b.space.vpid = 0;
+    b.fresh();
+    b.access(0, Op::Read, Who::User).unwrap();
+    b.mmu.invvpid(Invvpid::All);
+    assert!(b.mmu.load_cached(MemMode::User, LinearAddr(0), 8).is_some());
+}
+
+/// Row C6: what L2 invalidates is of its VPID alone.
+#[test]
+fn c6_l2_invalidates_its_own_vpid() {
+    for operation in 0..4 {
+        let mut b = Bench::new(4, 0);
+        let (l2, other) = (b.space, AddressSpace { vpid: 2, ..b.space });
+        for space in [&other, &l2] {
+            let _ = b.mmu.vm_transition(space, FlushCause::VmEntry, true);
+            b.mmu.translate(space, LinearAddr(0), access_of(Op::Read, Who::User)).unwrap();
+        }
+        let walks = b.mmu.stats().ept_walks;
+        match operation {
+            0 => drop(b.mmu.mov_cr3(&l2, false)),
+            1 => b.mmu.invlpg(&l2, LinearAddr(0)),
+            2 => b.mmu.invpcid(&l2, twofold_mmu::Invpcid::AllWithGlobals),
+            _ => drop(b.mmu.controls_changed(&l2, &AddressSpace { pge: !l2.pge, ..l2 })),
+        }
+        assert!(b.mmu.load_cached(MemMode::User, LinearAddr(0), 8).is_none(), "operation {operation}");
+        let _ = b.mmu.vm_transition(&other, FlushCause::VmEntry, true);
+        assert!(b.mmu.load_cached(MemMode::User, LinearAddr(0), 8).is_some(), "operation {operation}");
+        let _ = b.mmu.vm_transition(&l2, FlushCause::VmEntry, true);
+        b.access(0, Op::Read, Who::User).unwrap();
+        assert_eq!(b.mmu.stats().ept_walks, walks, "guest-physical mappings stay");
+    }
+}
+
+/// Rows B1, B2 and E6 as far as translations go: two processors, each with its own cache; a change reaches one by its own
+/// invalidation, and after that the old frame takes no write.
+#[test]
+fn b1_b2_e6_shootdown_on_two_processors() {
+    let mut b = Bench::new(4, 0);
+    let space = b.space;
+    let mut second = b.machine.mmu(FlushPolicy::Tagged);
+    let _ = second.reset(&space);
+    let write = access_of(Op::Write, Who::User);
+    for mmu in [&mut b.mmu, &mut second] {
+        assert!(mmu.write(&space, LinearAddr(0), 8, 1, write).is_ok());
+    }
+    // Either stage moves the page.
+    for nested in [false, true] {
+        let (old, new) = if nested { (0x5_0000, 0x4_0000) } else { (FRAME, 0x5_0000) };
+        if nested {
+            b.set_leaf(0x5_0000, 0x4_0000 | WB | R | W | X);
+            b.mmu.invept(space.eptp);
+        } else {
+            b.set_guest(GUEST + 0x3000, 0x5_0000 | 0x67);
+            b.mmu.invlpg(&space, LinearAddr(0));
+        }
+        b.mmu.write(&space, LinearAddr(0), 8, 2, write).unwrap();
+        assert_eq!(b.guest(new), 2);
+        second.write(&space, LinearAddr(0), 8, 3, write).unwrap();
+        assert_eq!((b.guest(old), b.guest(new)), (3, 2), "the other processor's mapping is old, whole and allowed");
+        if nested {
+            second.invept(space.eptp);
+        } else {
+            second.invlpg(&space, LinearAddr(0));
+        }
+        second.write(&space, LinearAddr(0), 8, 4, write).unwrap();
+        assert_eq!((b.guest(old), b.guest(new)), (3, 4), "nothing goes to the old frame");
+    }
+}
+
+/// Row B3: looking at translations, as a tracer or an ahead-of-time translator does, sets no flag in either stage and faults nowhere.
+#[test]
+fn b3_looking_changes_nothing() {
+    let mut b = Bench::new(4, AD);
+    b.mmu.set_pml(Some(Pml { address: PhysAddr(LOG), index: 511 }));
+    b.set_guest(GUEST + 0x3000, PAGE | 7);
+    let before = b.machine.memory();
+    let stats = *b.mmu.stats();
+    assert_eq!(b.mmu.probe(&b.space, LinearAddr(0)).unwrap().page, PhysAddr(FRAME));
+    let _ = b.mmu.trace_walk(&b.space, LinearAddr(0), access_of(Op::Write, Who::User));
+    b.mmu.guest_phys_probe(&b.space, GuestPhysAddr(PAGE)).unwrap();
+    assert!(b.machine.memory() == before);
+    assert_eq!((*b.mmu.stats(), b.mmu.pml().unwrap().index), (stats, 511));
 }
 
 /// Rows A10 and E3: rights that software added without an invalidation are seen: a cached refusal is never delivered.

@@ -33,6 +33,13 @@ fn guest_entry() -> impl Strategy<Value = u64> {
     })
 }
 
+/// `entry` with the bits in `twist` changed, unless that makes it name one of EPT's tables or the log: a walk that writes
+/// to what EPT is made of changes its own way, and then what is cached and what a walk finds may differ.
+fn twisted(entry: u64, twist: u64) -> u64 {
+    let address = 0x000f_ffff_ffff_f000;
+    if (entry ^ twist) & address < RAM && twist & address != 0 { entry } else { entry ^ twist }
+}
+
 /// What is wrong with an EPT entry, now and then.
 fn ept_twist() -> impl Strategy<Value = u64> {
     prop_oneof![
@@ -103,14 +110,15 @@ fn tables(mode: Mode) -> impl Strategy<Value = Tables> {
             } else {
                 (EPT_TOP + i as u64 + 1) << 12
             };
-            m.write(at, 8, (e | (if x & 3 == 0 { rights(x >> 2) } else { 7 | 1 << 10 }) | (x >> 5) << 8) ^ twist);
+            let rights = if x & 3 == 0 { rights(x >> 2) } else { 7 | 1 << 10 };
+            m.write(at, 8, twisted(e | rights | (x >> 5) << 8, twist));
         }
         let leaf_table = (EPT_TOP + levels - 1) << 12;
         for (g, &(x, twist, kind)) in leaves.iter().enumerate() {
             let hpa = order.get(g.wrapping_sub(FIRST as usize)).copied().unwrap_or(FIRST);
             let memory_type = [6, 6, 0, 4][kind as usize] << 3 | (kind & 1) << 6;
             let flags = (x >> 4) << 8 | (kind >> 1) << 9;
-            m.write(leaf_table + 8 * g as u64, 8, (hpa << 12 | rights(x) | memory_type | flags) ^ twist);
+            m.write(leaf_table + 8 * g as u64, 8, twisted(hpa << 12 | rights(x) | memory_type | flags, twist));
         }
         Tables { ept, memory: m }
     })
@@ -120,7 +128,8 @@ fn cpu(mode: Mode) -> impl Strategy<Value = Cpu> {
     (proptest::array::uniform8(any::<bool>()), FIRST..PAGES, 0..64u32, 0..64u32).prop_map(
         move |(f, table, pkru, pkrs)| Cpu {
             wp: f[0],
-            pse: f[1],
+            // Without it a directory entry for a large page would name a table, which could be one of EPT's.
+            pse: f[1] || mode == Mode::ThirtyTwo,
             pge: f[2],
             smep: f[3],
             smap: f[4],
@@ -236,7 +245,7 @@ macro_rules! against_the_model {
                     }
                 );
                 let [found, page, violation, misconfiguration, full] = *outcomes.borrow();
-                assert!(found > 100 && violation > 100 && misconfiguration > 30, "{:?}", outcomes.borrow());
+                assert!(found > 40 && violation > 100 && misconfiguration > 30, "{:?}", outcomes.borrow());
                 assert!(full > 10 && (page > 100 || $mode == Mode::None), "{:?}", outcomes.borrow());
             }
         )*
