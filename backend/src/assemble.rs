@@ -113,7 +113,7 @@ pub(crate) fn assemble(
         full: lowered.full,
         framed,
         calls: Vec::new(),
-        slots: lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off }).collect(),
+        slots: lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off, page: 0 }).collect(),
         returns: Vec::new(),
         stubs: vec![Stub::Budget],
         fixups: Vec::new(),
@@ -453,7 +453,7 @@ impl Assembler<'_> {
     }
     fn new_slot(&mut self, exit: Exit) -> Place {
         let Exit::Jump { off } = exit else { return Place::Stub(0) };
-        self.slots.push(CompiledSlot { at: 0, off });
+        self.slots.push(CompiledSlot { at: 0, off, page: 0 });
         Place::Slot(self.slots.len() as u32 - 1)
     }
 

@@ -10,6 +10,8 @@
 use std::io;
 use std::ops::Range;
 
+use twofold_arch::CodeSize;
+
 use crate::abi::Leave;
 use crate::compiler::CompiledTb;
 use crate::thunk::Thunk;
@@ -42,6 +44,8 @@ impl std::error::Error for CodeFull {}
 pub struct SlotRef {
     /// Page offset of the guest instruction it goes to.
     pub off: u16,
+    /// Its page, in bytes from the block's, or the region's root's.
+    pub page: i32,
     /// Where the displacement is, from the start of code memory.
     at: u32,
     /// Where the exit stub is.
@@ -62,7 +66,7 @@ pub struct InstalledTb {
     /// Guest instructions that its entry charges to the budget.
     pub charged: u16,
     returns: Box<[(u32, u16)]>,
-    sites: Box<[(u16, u16)]>,
+    sites: Box<[(i32, u16)]>,
 }
 
 impl InstalledTb {
@@ -73,10 +77,10 @@ impl InstalledTb {
         let i = self.returns.binary_search_by_key(&off, |r| r.0).ok()?;
         Some(self.returns[i].1 as usize)
     }
-    /// Of a region's code: the page offset of the guest instruction whose call returns to host address `host_ret`, and what to
+    /// Of a region's code: RIP minus `rip_base` of the guest instruction whose call returns to host address `host_ret`, and what to
     /// add to the budget when it is abandoned.
     #[must_use]
-    pub fn site(&self, host_ret: u64) -> Option<(u16, i32)> {
+    pub fn site(&self, host_ret: u64) -> Option<(i32, i32)> {
         let &(off, back) = self.sites.get(self.insn_at(host_ret)?)?;
         Some((off, back.into()))
     }
@@ -194,7 +198,7 @@ impl CodeMemory {
             self.write(stub + 13, &u32::from(s.off).to_le_bytes());
             let at = start + s.at as usize;
             self.patch(at, stub);
-            slots.push(SlotRef { off: s.off, at: at as u32, stub: stub as u32 });
+            slots.push(SlotRef { off: s.off, page: s.page, at: at as u32, stub: stub as u32 });
         }
 
         let r = &mut self.regions[region];
@@ -220,6 +224,11 @@ impl CodeMemory {
     pub fn link(&mut self, slot: SlotRef, entry: u64) {
         self.stats.links += 1;
         self.patch(slot.at as usize, (entry - self.rx as u64) as usize);
+    }
+
+    /// Makes a direct exit that is not linked go through the jump cache, for good.
+    pub fn link_far(&mut self, slot: SlotRef, size: CodeSize) {
+        self.patch(slot.stub as usize + 1, self.thunks[Thunk::slot_far(size).index()] as usize);
     }
 
     /// Makes a direct exit leave to the dispatcher again.

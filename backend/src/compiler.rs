@@ -75,6 +75,8 @@ pub(crate) struct CompiledSlot {
     pub at: u32,
     /// Page offset of the target.
     pub off: u16,
+    /// Its page, in bytes from the block's, or the region's root's.
+    pub page: i32,
 }
 
 /// A compiled block, not yet anywhere.
@@ -93,7 +95,7 @@ pub struct CompiledTb {
     /// The number of the first slot.
     pub(crate) first_slot: u16,
     /// Of a region: what `returns` refers to, see [`crate::InstalledTb::site`].
-    pub(crate) sites: Vec<(u16, u16)>,
+    pub(crate) sites: Vec<(i32, u16)>,
 }
 
 impl CompiledTb {

@@ -40,6 +40,9 @@ pub const JC_CODE: usize = 16;
 /// Offset in a jump-cache entry of the block's `rip_base`.
 pub const JC_RIP_BASE: usize = 24;
 
+/// Offset in a jump cache of its epoch.
+pub const JC_EPOCH: usize = JUMP_CACHE_ENTRIES * size_of::<JumpCacheEntry>() + offset_of!(JumpCacheEntry, rip);
+
 /// Mask of a jump-cache index: `(rip >> 12 ^ rip) & JC_MASK`, see `mmu::jump_index`.
 pub const JC_MASK: usize = 4095;
 

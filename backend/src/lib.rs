@@ -28,5 +28,5 @@ pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
 pub use disasm::disassemble;
-pub use region::{Counter, REGION_SLOTS, RegionCompiler};
+pub use region::{Counter, Guard, REGION_SLOTS, RegionCompiler};
 pub use thunks::{available, enter};

@@ -18,9 +18,19 @@ use crate::lower::{Buffers, LoweredRegion, lower_region};
 /// Slots of regions are numbered from here on, so that they differ from those of the root's own code.
 pub const REGION_SLOTS: u16 = 0x8000;
 
-/// What a block of a region counts: where the guest block that it stands for begins, an offset in the page, and its entry of
+/// What a block of a region counts: where the guest block that it stands for begins (RIP minus `rip_base`), and its entry of
 /// the table at `CpuState::exec_counts`. A block that was joined of several has as many.
-pub type Counter = (u16, u32);
+pub type Counter = (i32, u32);
+
+/// What a region in several pages looks at when it is entered. Its pages are where they were as long as the epoch of the jump
+/// cache and `rip_base` are those in its cell; else it calls the helper `EnterRegion`, and leaves if that gives 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Guard {
+    /// Host address of two words, an epoch and a `rip_base`. They must stay there as long as the code.
+    pub cell: u64,
+    /// What the helper gets.
+    pub number: u32,
+}
 
 /// Room before the code: a multiple of the alignment of constants and loops.
 const HEADER: usize = 64;
@@ -56,13 +66,18 @@ impl RegionCompiler {
         Ok(Self { options, isa, context, control, buffers })
     }
 
-    /// Compiles the blocks, entered at the first. All are of one page and have the same key; with `counters` the code of
-    /// each counts.
+    /// Compiles the blocks, entered at the first, as [`twofold_ir::passes::join_all`] makes them. All have the same key bits; with
+    /// `counters` the code of each counts. Those of more than one page need a guard.
     ///
     /// # Errors
     /// See [`CompileError`]; the blocks then keep the code they have.
-    pub fn compile(&mut self, blocks: &[Block], counters: Option<&[Vec<Counter>]>) -> Result<CompiledTb, CompileError> {
-        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(blocks, counters)));
+    pub fn compile(
+        &mut self,
+        blocks: &[Block],
+        guard: Option<Guard>,
+        counters: Option<&[Vec<Counter>]>,
+    ) -> Result<CompiledTb, CompileError> {
+        let result = catch_unwind(AssertUnwindSafe(|| self.compile_inner(blocks, guard, counters)));
         result.unwrap_or_else(|payload| {
             // What a panic left behind is not to be trusted.
             self.context = Context::new();
@@ -80,17 +95,18 @@ impl RegionCompiler {
     /// As [`RegionCompiler::compile`].
     pub fn clif_text(&mut self, blocks: &[Block]) -> Result<String, CompileError> {
         self.context.clear();
-        lower_region(&mut self.context.func, blocks, None, &mut self.buffers)?;
+        lower_region(&mut self.context.func, blocks, None, None, &mut self.buffers)?;
         Ok(self.context.func.display().to_string())
     }
 
     fn compile_inner(
         &mut self,
         blocks: &[Block],
+        guard: Option<Guard>,
         counters: Option<&[Vec<Counter>]>,
     ) -> Result<CompiledTb, CompileError> {
         self.context.clear();
-        let lowered = lower_region(&mut self.context.func, blocks, counters, &mut self.buffers)?;
+        let lowered = lower_region(&mut self.context.func, blocks, guard, counters, &mut self.buffers)?;
         if self.options.verify {
             verify(&self.context.func, &*self.isa)?;
         }
@@ -129,7 +145,8 @@ fn place(
             }
             Target::Slot(n) => {
                 let off = *lowered.slots.get(n as usize).ok_or(CompileError::Malformed)?;
-                slots.push(CompiledSlot { at, off });
+                let page = lowered.slot_pages.get(n as usize).copied().unwrap_or_default();
+                slots.push(CompiledSlot { at, off, page });
             }
             Target::Probe(_) => return Err(CompileError::Malformed),
         }

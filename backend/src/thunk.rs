@@ -14,7 +14,7 @@ pub(crate) struct Thunk(u16);
 
 /// Log2 sizes × {load, store} of one (mode, stack, full) group of probing thunks.
 const PROBES_PER_GROUP: u16 = 10;
-const FIRST_PROBE: u16 = 32;
+const FIRST_PROBE: u16 = 35;
 pub(crate) const FIRST_VEC: u16 = FIRST_PROBE + 3 * 2 * 2 * PROBES_PER_GROUP;
 
 impl Thunk {
@@ -71,6 +71,10 @@ impl Thunk {
     }
     /// XMM0 = vector op RSI (number, immediate in bits 23:16) of XMM0, XMM1, XMM2.
     pub const VEC_EVAL: Thunk = Thunk(31);
+    /// What the exit stub of a slot calls whose target may only be reached through the jump cache.
+    pub const fn slot_far(size: CodeSize) -> Self {
+        Self::sized(32, size)
+    }
     /// Probe and access; RSI: address, RDX or XMM0: what to store; the result in RAX or XMM0. RAX, RDX and for a store RCX
     /// are clobbered. `None` for accesses that no thunk does.
     pub const fn probe(info: MemInfo, full: bool) -> Option<Self> {
@@ -134,6 +138,9 @@ impl Thunk {
             "slow_load_vec",
             "slow_store_vec",
             "vec_eval",
+            "slot_far16",
+            "slot_far32",
+            "slot_far64",
         ];
         let i = self.0;
         if let Some(name) = FIXED.get(i as usize) {

@@ -360,6 +360,15 @@ global_asm!(
     "movaps [rsp], xmm0",
     "tf_restore 1",
     "ret",
+    // 32: slot that leads through the jump cache, called by its stub like an unlinked one.
+    ".irp size, 16, 32, 64",
+    "tf_thunk",
+    "mov rdi, rbp",
+    "pop rax",
+    "mov esi, [rax + 8]",
+    "tf_rip \\size, rsi, esi, si",
+    "tf_jump_cache",
+    ".endr",
     // The end of every access or helper that faulted. RDI is the state.
     ".p2align 4, 0xcc",
     "twofold_fault_exit:",
@@ -367,7 +376,7 @@ global_asm!(
     "mov eax, {r_fault}",
     "ret",
     //
-    // 32: probe and access, by mode, stack flag, full, and size.
+    // 35: probe and access, by mode, stack flag, full, and size.
     ".macro tf_entry mode",
     "mov rax, rsi",
     "shr rax, {tlb_shift}",

@@ -9,7 +9,7 @@ use common::{Machine, RIP_BASE, enter};
 use twofold_arch::{CodeSize, TbFlags};
 use twofold_backend::{CodeMemory, InstalledTb, Leave, Options, Probe, REGION_SLOTS, RegionCompiler};
 use twofold_ir::eval::{self, Target, reference};
-use twofold_ir::passes::{Options as PassOptions, Passes, join_all};
+use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 use twofold_ir::testing::{Rng, Shape, random_block};
 use twofold_ir::{Block, Exit};
 
@@ -98,7 +98,7 @@ struct Rig {
 
 impl Rig {
     fn install(&mut self, blocks: &[Block]) -> InstalledTb {
-        let tb = self.compiler.compile(blocks, None).unwrap_or_else(|e| panic!("{e}\n{blocks:#?}"));
+        let tb = self.compiler.compile(blocks, None, None).unwrap_or_else(|e| panic!("{e}\n{blocks:#?}"));
         loop {
             match self.memory.install(&tb, 5) {
                 Ok(tb) => return tb,
@@ -148,7 +148,7 @@ fn check(rig: &mut Rig, tb: &InstalledTb, blocks: &[Block], case: Case) -> usize
                 assert_eq!(rig.memory.tb_at(host_ret), Some(tb.id));
                 let (o, back) = tb.site(host_ret).expect("a site");
                 did -= back;
-                o == *off
+                o == i32::from(*off)
             }
             (Left::Exit(to), got) => match (*to, got) {
                 (Target::Jump { off }, Leave::Unlinked { tb: id, slot }) => {
@@ -198,8 +198,8 @@ fn campaign(seeds: std::ops::Range<u64>, optimise: bool) {
         let mut b = blocks(&mut rng);
         // The passes may leave other words behind where the flags do not need them: the reference runs what they made.
         if optimise {
-            let tags: Vec<Vec<()>> = b.iter().map(|_| Vec::new()).collect();
-            b = join_all(b, tags).0;
+            let part = |block: Block| Part::<()> { block, page: 0, guesses: Vec::new(), tags: Vec::new() };
+            b = join_all(b.into_iter().map(part).collect()).0;
             b.iter_mut().for_each(|b| passes.run(b, &PassOptions::default()));
         }
         let tb = rig.install(&b);

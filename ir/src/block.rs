@@ -64,10 +64,20 @@ pub struct SideExit {
 pub struct GuestInsn {
     /// Page offset of its first byte.
     pub off: u16,
+    /// Its page, in bytes from the page that `rip_base` stands for: not 0 in regions only.
+    pub page: i32,
     /// Length in bytes, 1..=15.
     pub len: u8,
     /// Index of its first op; it owns the ops up to the next instruction's first.
     pub first: u16,
+}
+
+impl GuestInsn {
+    /// Its RIP minus `rip_base`.
+    #[must_use]
+    pub fn place(&self) -> i32 {
+        self.page.wrapping_add(i32::from(self.off))
+    }
 }
 
 /// A translation block.
@@ -118,6 +128,11 @@ impl Block {
     #[must_use]
     pub fn start(&self) -> u16 {
         self.insns.first().map_or(0, |i| i.off)
+    }
+    /// Where the first instruction is: its RIP minus `rip_base`.
+    #[must_use]
+    pub fn place(&self) -> i32 {
+        self.insns.first().map_or(0, GuestInsn::place)
     }
     /// Number of guest bytes the block was made from.
     #[must_use]

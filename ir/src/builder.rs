@@ -36,7 +36,7 @@ impl Builder {
     }
     /// Starts the guest instruction at page offset `off`.
     pub fn begin_insn(&mut self, off: u16, len: u8) {
-        self.block.insns.push(GuestInsn { off, len, first: self.block.ops.len() as u16 });
+        self.block.insns.push(GuestInsn { off, page: 0, len, first: self.block.ops.len() as u16 });
     }
     /// Takes back everything since the last `begin_insn`, and that too.
     pub fn undo_insn(&mut self) {

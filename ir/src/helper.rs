@@ -53,6 +53,10 @@ helpers! {
     /// (linear address, bytes): #AC when unaligned; only emitted under `ALIGN_CHECK`.
     AlignCheck "align_check" (2) faults;
 
+    // ---- control ---------------------------------------------------------------------------------------------------
+    /// (number of a region): 1 when its pages are mapped as when it was made, else 0. Not in IR: regions call it.
+    EnterRegion "enter_region" (1);
+
     // ---- integer ---------------------------------------------------------------------------------------------------
     /// (divisor, log2 bytes): DIV on AX or rDX:rAX; #DE.
     Div "div" (2) faults;

@@ -102,7 +102,7 @@ impl<'a> Parser<'a> {
                 let off = w.number()?;
                 w.expect("len")?;
                 let first = self.block.ops.len() as u16;
-                self.block.insns.push(GuestInsn { off, len: w.number()?, first });
+                self.block.insns.push(GuestInsn { off, page: 0, len: w.number()?, first });
                 w.done()
             }
             "unused" => {

@@ -653,6 +653,12 @@ impl Mmu {
         self.contexts[self.current].jump_insert(la, entry, global);
     }
 
+    /// The current context's epoch, which code compares with the word behind the jump cache. As long as it lasts, the mappings of
+    /// the pages asked for in it have not changed.
+    pub fn code_epoch(&mut self, page: LinearAddr) -> u64 {
+        self.contexts[self.current].code_epoch(page)
+    }
+
     /// The current context's jump-cache entry for `rip`, if it is for `rip` and `flags`.
     #[inline]
     #[must_use]

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)] // The tables are read by translated code, so they are raw memory at fixed addresses.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{MmapMut, MmapRaw};
 
@@ -435,16 +436,39 @@ struct JumpCache {
     pages: [u64; 64],
     /// Some entry's linear address is not its RIP (a CS base): entries cannot be found by linear page.
     based: bool,
+    /// Which linear pages somebody has looked at in this epoch, by a hash of the page number.
+    watched: [u64; 64],
 }
+
+/// Numbers the epochs of all jump caches.
+static EPOCHS: AtomicU64 = AtomicU64::new(1);
 
 impl JumpCache {
     fn new() -> std::io::Result<Self> {
-        let entries = RawArray::new(JUMP_CACHE_ENTRIES)?;
+        // The last word pair holds the epoch.
+        let entries = RawArray::new(JUMP_CACHE_ENTRIES + 1)?;
         for i in 0..JUMP_CACHE_ENTRIES {
             entries.set(i, JumpCacheEntry::INVALID);
         }
         let bits = || Bits::new(JUMP_CACHE_ENTRIES);
-        Ok(Self { entries, used: bits(), global: bits(), pages: [0; 64], based: false })
+        let (pages, watched) = ([0; 64], [0; 64]);
+        let mut new = Self { entries, used: bits(), global: bits(), pages, based: false, watched };
+        new.begin_epoch();
+        Ok(new)
+    }
+
+    /// Some mapping that was looked at may have changed.
+    fn begin_epoch(&mut self) {
+        let rip = EPOCHS.fetch_add(1, Ordering::Relaxed);
+        self.entries.set(JUMP_CACHE_ENTRIES, JumpCacheEntry { rip, ..JumpCacheEntry::INVALID });
+        self.watched = [0; 64];
+    }
+
+    /// The epoch, which ends when the mapping of `page`, or of another page that was asked for in it, may have changed.
+    fn epoch(&mut self, page: LinearAddr) -> u64 {
+        let (w, bit) = Self::page_bit(page);
+        self.watched[w] |= bit;
+        self.entries.get(JUMP_CACHE_ENTRIES).rip
     }
 
     const fn page_bit(la: LinearAddr) -> (usize, u64) {
@@ -481,6 +505,7 @@ impl JumpCache {
     }
 
     fn flush(&mut self, globals: bool) {
+        self.begin_epoch();
         for w in 0..JUMP_CACHE_ENTRIES / 64 {
             let keep = if globals { 0 } else { self.global.word(w) };
             each_bit(w, self.used.word(w) & !keep, |i| self.drop_entry(i));
@@ -493,6 +518,10 @@ impl JumpCache {
 
     /// Drops the entries whose code begins in the page of `la`, or in the page before it and may run into it.
     fn drop_page(&mut self, la: LinearAddr, globals_only: bool) {
+        let (w, bit) = Self::page_bit(la);
+        if self.watched[w] & bit != 0 {
+            self.begin_epoch();
+        }
         let before = LinearAddr(la.page().0.wrapping_sub(1));
         let may_have = |a: LinearAddr| {
             let (w, bit) = Self::page_bit(a);
@@ -509,6 +538,7 @@ impl JumpCache {
     }
 
     fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
+        self.begin_epoch();
         let based = self.based;
         self.drop_where(|e, global| {
             let near = |a: u64| (a ^ la.0) & mask & PAGE_MASK == 0;
@@ -666,6 +696,12 @@ impl Context {
     pub(crate) fn jump_insert(&mut self, la: LinearAddr, entry: JumpCacheEntry, global: bool) {
         self.empty = false;
         self.jumps.insert(la, entry, global);
+    }
+
+    /// See [`crate::Mmu::code_epoch`].
+    pub(crate) fn code_epoch(&mut self, page: LinearAddr) -> u64 {
+        self.empty = false;
+        self.jumps.epoch(page)
     }
 
     pub(crate) fn jump_get(&self, rip: u64) -> JumpCacheEntry {

@@ -59,6 +59,8 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "regions": {
                 "requested": c.region_requests,
                 "refused": c.regions_refused,
+                "checks": c.region_checks,
+                "misfits": c.region_misfits,
                 "dropped": c.regions_dropped,
                 "compile_seconds": seconds(c.region_ns),
             },

@@ -19,12 +19,13 @@ use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{
     AliasRegionData, Block as ClifBlock, BlockArg, Function, InstBuilder, MemFlagsData, SourceLoc, Value as Clif, types,
 };
-use twofold_ir::{Block, Exit, Op, Ty};
+use twofold_ir::passes::place_of;
+use twofold_ir::{Block, Exit, Helper, Op, Ty};
 
 use super::{Buffers, Lowered, Lowering, Shape, V, signature};
 use crate::compiler::CompileError;
 use crate::layout;
-use crate::region::Counter;
+use crate::region::{Counter, Guard};
 use crate::thunk::Thunk;
 use slots::Slots;
 use windows::Role;
@@ -34,15 +35,17 @@ use windows::Role;
 pub(crate) struct LoweredRegion {
     /// Page offset of each direct exit's target, in the order of their external indexes.
     pub slots: Vec<u16>,
-    /// For each guest instruction: its page offset, and what its abandonment gives back to the budget.
-    pub sites: Vec<(u16, u16)>,
+    /// And its page, in bytes from the root's.
+    pub slot_pages: Vec<i32>,
+    /// For each guest instruction: its RIP minus `rip_base`, and what its abandonment gives back to the budget.
+    pub sites: Vec<(i32, u16)>,
 }
 
 /// How the blocks hang together.
 #[derive(Debug)]
 struct Graph {
-    /// Block by page offset of its start.
-    by_start: HashMap<u16, usize>,
+    /// Block by where its first instruction is.
+    by_place: HashMap<i32, usize>,
     /// Edges that look at the budget.
     checked: Vec<(usize, usize)>,
     /// Slots that may be dirty at the start of each block.
@@ -53,15 +56,15 @@ impl Graph {
     /// The block of the region that an exit leads to. One before any instruction is complete leaves: a cycle of such exits would
     /// use up no budget.
     fn target(&self, exit: &Exit, retired: u16) -> Option<usize> {
-        match exit {
-            Exit::Jump { off } if retired != 0 => self.by_start.get(off).copied(),
-            _ => None,
+        if retired == 0 {
+            return None;
         }
+        self.by_place.get(&place_of(exit)?).copied()
     }
 
     fn new(blocks: &[Block], slots: &Slots) -> Self {
-        let by_start = blocks.iter().enumerate().map(|(i, b)| (b.start(), i)).collect();
-        let mut g = Self { by_start, checked: Vec::new(), dirty: vec![0; blocks.len()] };
+        let by_place = blocks.iter().enumerate().map(|(i, b)| (b.place(), i)).collect();
+        let mut g = Self { by_place, checked: Vec::new(), dirty: vec![0; blocks.len()] };
         let edges: Vec<Vec<usize>> =
             blocks.iter().map(|b| exits(b).filter_map(|(e, n)| g.target(e, n)).collect()).collect();
         // Depth first from the root: an edge to a block that is still open closes a cycle.
@@ -139,7 +142,12 @@ struct RegionLowering<'a> {
     blocks: &'a [Block],
     graph: Graph,
     slots: Slots,
-    sites: Vec<(u16, u16)>,
+    sites: Vec<(i32, u16)>,
+    /// The pages with blocks, in bytes from the root's.
+    pages: Vec<i32>,
+    slot_pages: Vec<i32>,
+    /// The page of the guest instruction that is being lowered.
+    page: i32,
     heads: Vec<ClifBlock>,
     /// The value of each slot here.
     values: Vec<Clif>,
@@ -161,6 +169,7 @@ struct RegionLowering<'a> {
 pub(crate) fn lower_region(
     func: &mut Function,
     blocks: &[Block],
+    guard: Option<Guard>,
     counters: Option<&[Vec<Counter>]>,
     buf: &mut Buffers,
 ) -> Result<LoweredRegion, CompileError> {
@@ -192,6 +201,9 @@ pub(crate) fn lower_region(
         graph,
         slots,
         sites: Vec::new(),
+        pages: Vec::new(),
+        slot_pages: Vec::new(),
+        page: 0,
         heads: Vec::new(),
         values: Vec::new(),
         budget: state,
@@ -202,21 +214,53 @@ pub(crate) fn lower_region(
         guest: unaligned.with_alias_region(of_guest),
         tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
     };
-    r.sites.push((root.start(), 0));
+    r.sites.push((root.place(), 0));
+    for insn in blocks.iter().flat_map(|b| &b.insns) {
+        if !r.pages.contains(&insn.page) {
+            r.pages.push(insn.page);
+        }
+    }
     r.heads = (0..blocks.len()).map(|_| r.l.new_block(false)).collect();
-    r.entry();
+    r.entry(guard);
     for i in 0..blocks.len() {
         r.block(i, counters.and_then(|c| c.get(i)).map_or(&[], Vec::as_slice))?;
     }
-    let sites = r.sites;
-    Ok(LoweredRegion { slots: out.slots, sites })
+    let (sites, slot_pages) = (r.sites, r.slot_pages);
+    Ok(LoweredRegion { slots: out.slots, slot_pages, sites })
 }
 
 impl RegionLowering<'_> {
     /// Loads everything and goes to the root, if there is a budget.
-    fn entry(&mut self) {
+    fn entry(&mut self, guard: Option<Guard>) {
+        if let Some(guard) = guard {
+            self.check(guard);
+        }
         self.reload();
         self.jump_checked(0);
+    }
+
+    /// Asks the runtime whether the region's pages are still where they were, unless nothing has changed since it last did.
+    fn check(&mut self, guard: Guard) {
+        let flags = MemFlagsData::trusted();
+        let jumps = self.l.load_state(types::I64, layout::JUMP_CACHE);
+        let epoch = self.l.cur.ins().load(types::I64, flags, jumps, layout::JC_EPOCH as i32);
+        let base = self.l.load_state(types::I64, layout::RIP_BASE);
+        let cell = self.l.const64(guard.cell);
+        let known = self.l.cur.ins().load(types::I64, flags, cell, 0);
+        let at = self.l.cur.ins().load(types::I64, flags, cell, 8);
+        let (x, y) = (self.l.cur.ins().bxor(epoch, known), self.l.cur.ins().bxor(base, at));
+        let changed = self.l.cur.ins().bor(x, y);
+        let (ask, go, leave) = (self.l.new_block(true), self.l.new_block(false), self.l.new_block(true));
+        self.l.cur.ins().brif(changed, ask, &[], go, &[]);
+        self.l.cur.goto_bottom(ask);
+        let function = self.l.const64((layout::FN_HELPERS + Helper::EnterRegion as usize * 8) as u64);
+        let number = self.l.const64(guard.number.into());
+        let answer = self.l.call_results(Thunk::helper(self.l.full), Shape::call(3, 1), &[function, number])[0];
+        self.l.cur.ins().brif(answer, go, &[], leave, &[]);
+        self.l.cur.goto_bottom(leave);
+        let off = self.l.const64(self.blocks[0].start().into());
+        self.l.tail(Thunk::dispatch(self.l.block.flags.size()), &[off]);
+        self.l.cur.goto_bottom(go);
     }
 
     /// Reads all fields that are kept in values.
@@ -268,15 +312,17 @@ impl RegionLowering<'_> {
         let mut next_insn = 0;
         for (n, op) in b.ops.iter().enumerate() {
             while let Some(insn) = b.insns.get(next_insn).filter(|insn| insn.first as usize <= n) {
-                self.sites.push((insn.off, b.retired.saturating_sub(next_insn as u16)));
+                self.page = insn.page;
+                self.sites.push((insn.place(), b.retired.saturating_sub(next_insn as u16)));
                 self.l.cur.set_srcloc(SourceLoc::new(self.sites.len() as u32 - 1));
                 next_insn += 1;
-                counters.iter().filter(|c| c.0 == insn.off).for_each(|c| self.count(c.1));
+                counters.iter().filter(|c| c.0 == insn.place()).for_each(|c| self.count(c.1));
             }
             self.op(n, op)?;
         }
         for insn in b.insns.iter().skip(next_insn) {
-            counters.iter().filter(|c| c.0 == insn.off).for_each(|c| self.count(c.1));
+            self.page = insn.page;
+            counters.iter().filter(|c| c.0 == insn.place()).for_each(|c| self.count(c.1));
         }
         self.leave(&end, b.retired)
     }
@@ -351,10 +397,33 @@ impl RegionLowering<'_> {
             }
             None => {
                 self.write_back();
-                self.l.exit(exit, self.l.block.retired)?;
+                self.outside(exit)?;
             }
         }
         Ok(())
+    }
+
+    /// Leaves, by a slot where the target's page is known.
+    fn outside(&mut self, exit: &Exit) -> Result<(), CompileError> {
+        let mut exit = *exit;
+        let place = place_of(&exit);
+        if let Some(page) = place.map(|p| p & !0xfff).filter(|p| self.pages.contains(p)) {
+            self.set_page(page);
+            self.slot_pages.push(page);
+            exit = Exit::Jump { off: (place.unwrap_or_default() & 0xfff) as u16 };
+        } else if let Exit::Raise { .. } = exit {
+            self.set_page(self.page);
+        }
+        self.l.exit(&exit, self.l.block.retired)
+    }
+
+    /// On the way out: `rip_base` is that of another page than the root's.
+    fn set_page(&mut self, page: i32) {
+        if page != 0 {
+            let base = self.l.load_state(types::I64, layout::RIP_BASE);
+            let base = self.l.cur.ins().iadd_imm_s(base, i64::from(page));
+            self.l.store_state(base, layout::RIP_BASE);
+        }
     }
 
     /// To block `to`, unless the budget has run out or somebody wants attention.
@@ -370,6 +439,7 @@ impl RegionLowering<'_> {
         self.l.cur.goto_bottom(out);
         self.write_back();
         let target = &self.blocks[to];
+        self.set_page(target.place() & !0xfff);
         let off = self.l.const64(target.start().into());
         self.l.tail(Thunk::budget(target.flags.size()), &[off]);
     }

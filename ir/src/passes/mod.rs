@@ -13,7 +13,7 @@ mod join;
 mod known;
 mod lookahead;
 
-pub use join::join_all;
+pub use join::{Part, join_all, place_of};
 pub use lookahead::overwrites_flags;
 
 use crate::block::{Block, Exit};

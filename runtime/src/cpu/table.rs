@@ -38,6 +38,7 @@ table! { v, a, b, c, d;
     SegAddr => segments::seg_addr(&v.state, a as usize, b, c as u32 & 0xff, c >> 8 & 1 != 0),
     CheckTarget => segments::check_target(&v.state, a),
     AlignCheck => ops::align_check(a, b),
+    EnterRegion => Ok(u64::from(crate::exec::region::enter(v, a as u32))),
     Div => ops::div(v, a, b),
     Idiv => ops::idiv(v, a, b),
     RotateCarry => ops::rotate_carry(v, a, b, c),

@@ -12,12 +12,12 @@ use std::time::Instant;
 
 use twofold_arch::TbFlags;
 use twofold_arch::cpuid::Features;
-use twofold_backend::{CompileError, CompiledTb, Compiler, Options, RegionCompiler};
+use twofold_backend::{CompileError, CompiledTb, Compiler, Guard, Options, RegionCompiler};
 use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
-use twofold_ir::passes::{Options as PassOptions, Passes, join_all};
+use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 
-use super::region::RegionState;
+use super::region::{Member, RegionState};
 use super::tb::{TbId, TierState};
 use super::turns::Broadcast;
 use crate::config::{DebugItem, DebugItems};
@@ -32,6 +32,8 @@ pub struct Piece {
     bytes: Vec<u8>,
     /// The entry of the table of execution counts that its code adds to.
     counter: Option<u32>,
+    /// Of a region's block: its page, in bytes from the root's, and where its indirect exit has been seen to lead.
+    place: (i32, Vec<i32>),
 }
 
 impl Piece {
@@ -47,7 +49,17 @@ impl Piece {
             vcpu.shared.map.read(page, &mut bytes[first..]);
         }
         let (off, insns, counter) = (pa.page_offset() as u16, tb.insns as usize, vcpu.jit.counts.counter(id));
-        Self { id, serial: tb.serial, off, insns, bytes, counter }
+        Self { id, serial: tb.serial, off, insns, bytes, counter, place: (0, Vec::new()) }
+    }
+
+    fn member(&self) -> Member {
+        Member { id: self.id, serial: self.serial, page: self.place.0 }
+    }
+
+    /// The same in a region, see [`Part`].
+    #[must_use]
+    pub fn at(self, page: i32, guesses: Vec<i32>) -> Self {
+        Self { place: (page, guesses), ..self }
     }
 }
 
@@ -57,6 +69,8 @@ struct Job {
     root: Piece,
     /// The other blocks of a region.
     others: Option<Vec<Piece>>,
+    /// Of a region in several pages.
+    guard: Option<Guard>,
     flags: TbFlags,
     features: Features,
     /// `-d clif,out_asm`: the texts that are wanted.
@@ -71,7 +85,7 @@ struct Done {
     result: Result<CompiledTb, CompileError>,
     text: String,
     /// Of a region: its blocks.
-    members: Option<Vec<(TbId, u64)>>,
+    members: Option<Vec<Member>>,
 }
 
 /// How much a job matters.
@@ -208,8 +222,7 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
         ready.fetch_add(1, Ordering::Release);
-        let members =
-            job.others.map(|others| std::iter::once(&job.root).chain(&others).map(|p| (p.id, p.serial)).collect());
+        let members = job.others.map(|others| std::iter::once(&job.root).chain(&others).map(Piece::member).collect());
         let done = Done { id: job.root.id, serial: job.root.serial, ns, result, text, members };
         if out.send(done).is_err() {
             return;
@@ -226,20 +239,23 @@ fn compile_region(
     text: &mut String,
 ) -> Result<CompiledTb, CompileError> {
     let others = job.others.as_deref().unwrap_or_default();
-    let mut blocks = vec![root];
+    let part = |piece: &Piece, block: Block| {
+        let (page, guesses) = piece.place.clone();
+        let tags = piece.counter.into_iter().map(|c| (page + i32::from(piece.off), c)).collect();
+        Part { block, page, guesses, tags }
+    };
+    let mut parts = vec![part(&job.root, root)];
     for piece in others {
-        blocks.push(retranslate(job, piece).ok_or(CompileError::Malformed)?);
+        parts.push(part(piece, retranslate(job, piece).ok_or(CompileError::Malformed)?));
     }
-    let pieces = std::iter::once(&job.root).chain(others);
-    let counters = pieces.map(|p| p.counter.into_iter().map(|c| (p.off, c)).collect()).collect();
-    let (mut blocks, counters) = join_all(blocks, counters);
+    let (mut blocks, counters) = join_all(parts);
     for block in &mut blocks {
         passes.run(block, &PassOptions::default());
     }
     if job.texts.has(DebugItem::Clif) {
         *text += &regions.clif_text(&blocks).unwrap_or_else(|e| format!("{e}\n"));
     }
-    regions.compile(&blocks, Some(&counters))
+    regions.compile(&blocks, job.guard, Some(&counters))
 }
 
 /// A block's IR as the front end makes it.
@@ -275,7 +291,7 @@ pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
         return;
     }
     let flags = tb.key.flags;
-    let job = Job { root: Piece::of(vcpu, id), others: None, flags, features, texts: vcpu.debug };
+    let job = Job { root: Piece::of(vcpu, id), others: None, guard: None, flags, features, texts: vcpu.debug };
     if let Some(queue) = &vcpu.jit.queue {
         queue.inbox.push(job, heat);
         vcpu.jit.tbs.get_mut(id).tier = TierState::Queued;
@@ -284,7 +300,7 @@ pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
 }
 
 /// Asks for a region of these blocks, the root first.
-pub fn push_region(vcpu: &mut Vcpu, mut pieces: Vec<Piece>) {
+pub fn push_region(vcpu: &mut Vcpu, mut pieces: Vec<Piece>, guard: Option<Guard>) {
     if pieces.is_empty() {
         return;
     }
@@ -292,7 +308,7 @@ pub fn push_region(vcpu: &mut Vcpu, mut pieces: Vec<Piece>) {
     let Some(root) = pieces.pop() else { return };
     let (features, texts, flags) = (vcpu.model.features, vcpu.debug, vcpu.jit.tbs.get(root.id).key.flags);
     if let Some(queue) = &vcpu.jit.queue {
-        queue.inbox.push(Job { root, others: Some(others), flags, features, texts }, Heat::Warm);
+        queue.inbox.push(Job { root, others: Some(others), guard, flags, features, texts }, Heat::Warm);
     }
 }
 
@@ -343,6 +359,7 @@ fn take(vcpu: &mut Vcpu, done: Done) {
             Ok(compiled) => super::region::install(vcpu, &members, &compiled),
             Err(error) => {
                 vcpu.counters.regions_refused += 1;
+                vcpu.jit.cells.release(done.id);
                 vcpu.jit.tbs.get_mut(done.id).region_state = RegionState::Refused;
                 vcpu.trace.warn_once("region", &format!("a loop stays in the quick tier: {error}"));
             }

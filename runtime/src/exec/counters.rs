@@ -100,6 +100,10 @@ pub struct Counters {
     pub region_requests: u64,
     /// Regions installed.
     pub regions: u64,
+    /// Times it was looked whether a region's pages are where they were.
+    pub region_checks: u64,
+    /// Times they were not.
+    pub region_misfits: u64,
     /// Roots without a loop, and regions the compiler refused.
     pub regions_refused: u64,
     /// Regions that ended because a member died.

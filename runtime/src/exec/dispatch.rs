@@ -338,10 +338,12 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         Ok(id) => id,
         Err(trap) => return Next::Trap(trap),
     };
+    vcpu.jit.recording = 0;
     if vcpu.jit.sampled.take() == Some(vcpu.state.rip) {
         super::region::sample(vcpu, id);
     }
     loop {
+        let base = vcpu.state.rip_base;
         let n = i32::from(vcpu.jit.tbs.get(id).insns);
         if vcpu.state.budget < n || vcpu.state.attention.load(Ordering::Relaxed) < 0 {
             let off = vcpu.jit.tbs.get(id).key.pa.page_offset();
@@ -357,7 +359,7 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         if vcpu.debug.has(DebugItem::Exec) {
             trace_block(vcpu, id);
         }
-        let entry = vcpu.jit.tbs.get(id).entry();
+        let entry = entry(vcpu, id);
         let next = match entry {
             Some(entry) => {
                 vcpu.enter_phase(Phase::Code);
@@ -377,12 +379,28 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
             }
             other => return other,
         };
+        let from = id;
         id = match found {
             Ok(id) => id,
             Err(trap) => return Next::Trap(trap),
         };
+        if vcpu.jit.recording != 0 {
+            super::region::record(vcpu, from, id, base);
+        }
         connect(vcpu, id, flags);
     }
+}
+
+/// Where block `id` is entered; `None`: in the evaluator.
+fn entry(vcpu: &mut Vcpu, id: TbId) -> Option<u64> {
+    let tb = vcpu.jit.tbs.get(id);
+    if vcpu.jit.recording != 0 {
+        return None;
+    }
+    if vcpu.jit.bypass.is_some() && vcpu.jit.bypass.take() == Some(id) {
+        return tb.code.as_ref().map(|c| c.entry);
+    }
+    tb.entry()
 }
 
 /// `-d exec`.
@@ -427,13 +445,16 @@ fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
     if tb.code.is_none() {
         return;
     }
-    if let Some((from, slot)) = link_from
-        && tb.second_page.is_none()
-    {
-        vcpu.jit.link(from, slot, id);
-        if vcpu.jit.policy.regions_at_once {
-            super::region::eagerly(vcpu, id);
+    match link_from {
+        Some((from, slot)) if tb.second_page.is_none() => {
+            vcpu.jit.link(from, slot, id);
+            if vcpu.jit.policy.regions_at_once {
+                super::region::eagerly(vcpu, id);
+            }
         }
+        // Where its second page is mapped is not known to whoever comes by a link.
+        Some((from, slot)) => vcpu.jit.link_far(from, slot, flags),
+        None => {}
     }
     let Some(code) = vcpu.jit.tbs.get(id).entry() else { return };
     if fill {
@@ -546,7 +567,7 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
             vcpu.state.budget -= i32::from(insn);
             vcpu.counters.retired_eval += u64::from(insn);
             let off = vcpu.jit.tbs.get(id).insn_offs.get(insn as usize).copied().unwrap_or_default();
-            abandoned(vcpu, off)
+            abandoned(vcpu, off.into())
         }
     }
 }
@@ -575,9 +596,9 @@ fn follow(vcpu: &mut Vcpu, to: Target) -> Next {
     }
 }
 
-/// The instruction at page offset `off` was abandoned: reads what the helper or slow path raised.
-fn abandoned(vcpu: &mut Vcpu, off: u16) -> Next {
-    set_rip(vcpu, i32::from(off));
+/// The instruction at `rip_base + off` was abandoned: reads what the helper or slow path raised.
+fn abandoned(vcpu: &mut Vcpu, off: i32) -> Next {
+    set_rip(vcpu, off);
     let fault = std::mem::take(&mut vcpu.state.fault);
     if fault.pending == PENDING_RESTART {
         return Next::Restart;

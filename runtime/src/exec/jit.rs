@@ -2,11 +2,13 @@
 //!
 //! Held by whichever vCPU runs. Invariant: `queue` is `None` exactly when no tier above the evaluator is wanted or to be had.
 
+use twofold_arch::{PhysAddr, TbFlags};
 use twofold_backend::{CodeMemory, HelperTable, Options, REGION_SLOTS, SlotRef};
 use twofold_ir::passes::Passes;
 
 use super::compile::CompileQueue;
 use super::counts::{ExecCounts, Executions};
+use super::region::RegionCells;
 use super::tb::{TbId, TbStore};
 use super::turns::Broadcast;
 use crate::config::Tier;
@@ -64,6 +66,12 @@ pub struct Jit {
     pub broadcasts: Vec<Broadcast>,
     /// How often blocks ran.
     pub counts: ExecCounts,
+    /// Blocks of the path that is being recorded that are still to come.
+    pub recording: u32,
+    /// A root whose region does not fit the present mappings: its own code runs.
+    pub bypass: Option<TbId>,
+    /// What the regions in code memory look at.
+    pub cells: RegionCells,
     /// What `--perf` gathers.
     pub perf: Option<Box<PerfLog>>,
 }
@@ -99,6 +107,9 @@ impl Jit {
             serial: 0,
             broadcasts: Vec::new(),
             counts: ExecCounts::default(),
+            recording: 0,
+            bypass: None,
+            cells: RegionCells::default(),
             perf: None,
         }
     }
@@ -116,17 +127,17 @@ impl Jit {
         self.code.as_ref()?.tb_at(host).map(TbId)
     }
 
-    /// Where a call from host code that returns to `host_ret` was made: the page offset of the guest instruction, and
+    /// Where a call from host code that returns to `host_ret` was made: the guest instruction's RIP minus `rip_base`, and
     /// what its abandonment gives back to the budget (charged at the block's entry, not retired).
     #[must_use]
-    pub fn fault_site(&self, host_ret: u64) -> Option<(u16, i32)> {
+    pub fn fault_site(&self, host_ret: u64) -> Option<(i32, i32)> {
         let tb = self.tbs.get(self.code_block(host_ret)?);
         if let Some(site) = tb.region.as_ref().and_then(|r| r.code.site(host_ret)) {
             return Some(site);
         }
         let code = tb.code.as_ref()?;
         let insn = code.insn_at(host_ret)?;
-        Some((tb.insn_offs.get(insn).copied()?, code.unretired(insn)))
+        Some((tb.insn_offs.get(insn).copied()?.into(), code.unretired(insn)))
     }
 
     /// What every block did, dead ones included: by the evaluator, and by host code if that is counted.
@@ -139,10 +150,21 @@ impl Jit {
     /// Makes slot `slot` of block `from` lead straight to block `to`.
     pub fn link(&mut self, from: TbId, slot: u16, to: TbId) {
         let Some(entry) = self.tbs.get(to).entry() else { return };
-        let source = self.slot(from, slot);
-        if let (Some(source), Some(code)) = (source, &mut self.code) {
+        let Some(source) = self.slot(from, slot) else { return };
+        // A page that was mapped anew while this code was on its way out.
+        if self.slot_page(from, slot, source) != Some(self.tbs.get(to).key.pa.page()) {
+            return;
+        }
+        if let Some(code) = &mut self.code {
             code.link(source, entry);
             self.tbs.get_mut(to).incoming.push((from, slot));
+        }
+    }
+
+    /// Makes slot `slot` of block `from` lead through the jump cache.
+    pub fn link_far(&mut self, from: TbId, slot: u16, flags: TbFlags) {
+        if let (Some(source), Some(code)) = (self.slot(from, slot), &mut self.code) {
+            code.link_far(source, flags.size());
         }
     }
 
@@ -153,6 +175,15 @@ impl Jit {
                 code.unlink(source);
             }
         }
+    }
+
+    /// The physical page of the target of a slot.
+    fn slot_page(&self, from: TbId, slot: u16, source: SlotRef) -> Option<PhysAddr> {
+        let tb = self.tbs.get(from);
+        if slot < REGION_SLOTS || source.page == 0 {
+            return Some(tb.key.pa.page());
+        }
+        tb.region.as_ref()?.pages.iter().find(|p| p.0 == source.page).map(|p| p.1)
     }
 
     /// Slot `slot` of block `from`: of its own code, or of the region that it is the root of.

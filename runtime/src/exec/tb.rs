@@ -40,6 +40,19 @@ pub enum TierState {
 /// Where a block led in the evaluator: a page offset and the block found there. To be checked before it is used.
 pub type Successor = (u16, TbId);
 
+/// A way out of a block that was taken while paths were recorded.
+#[derive(Clone, Copy, Debug)]
+pub struct Edge {
+    /// The block it leads to.
+    pub to: TbId,
+    /// That block's serial number then.
+    pub serial: u64,
+    /// The distance to its page, in bytes.
+    pub page: i32,
+    /// Times it was taken.
+    pub count: u32,
+}
+
 /// A translation block. What the dispatcher looks at comes first, in as few cache lines as it fits.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -70,6 +83,8 @@ pub struct Tb {
     pub samples: u32,
     /// The roots of the regions that it is a member of.
     pub in_regions: Vec<TbId>,
+    /// Where it has been seen to lead.
+    pub edges: Vec<Edge>,
     /// Bytes of guest code.
     pub len: u16,
     /// Distinguishes it from others that had its id.
@@ -88,6 +103,12 @@ pub struct Tb {
 pub const NO_SUCCESSOR: Successor = (u16::MAX, TbId(0));
 
 impl Tb {
+    /// Its pages in a region, where the first is `page` bytes from the root's.
+    pub fn pages(&self, page: i32) -> impl Iterator<Item = (i32, PhysAddr)> + Clone + use<> {
+        let second = self.second_page.map(|pa| (page.wrapping_add(0x1000), pa));
+        std::iter::once((page, self.key.pa.page())).chain(second)
+    }
+
     /// Where its host code is entered.
     #[inline]
     #[must_use]

@@ -99,6 +99,7 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         region_state: Default::default(),
         samples: 0,
         in_regions: Vec::new(),
+        edges: Vec::new(),
         incoming: Vec::new(),
         cached_rips: Vec::new(),
     };
