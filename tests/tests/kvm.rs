@@ -3,9 +3,8 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
-use support::{Outcome, root, scratch, twofold_with};
+use support::{Outcome, kvm, scratch, twofold_with};
 
 /// Far above any run that goes well.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -22,62 +21,16 @@ insmod /kvm-intel.ko $(sed -n 's/.*kvm_intel=\\([^ ]*\\).*/\\1/p' /proc/cmdline 
 poweroff -f
 ";
 
-/// The guests with KVM's modules; `None` when `TWOFOLD_NO_GUESTS` asks to do without.
-fn guests() -> Option<PathBuf> {
-    if std::env::var_os("TWOFOLD_NO_GUESTS").is_some() {
-        eprintln!("skipped: TWOFOLD_NO_GUESTS is set");
-        return None;
-    }
-    let dir = std::env::var_os("TWOFOLD_GUESTS").map_or_else(|| root().join("target/guests"), PathBuf::from);
-    let done = Command::new(root().join("tools/guests/fetch")).arg("--kvm").arg(&dir).output().expect("fetch runs");
-    assert!(done.status.success(), "no guests: {}", String::from_utf8_lossy(&done.stderr));
-    Some(dir)
-}
-
-/// The VMM, linked statically. It has a target directory of its own: other flags would make cargo build everything anew.
-fn kvm_hello() -> PathBuf {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let exe = std::env::current_exe().expect("own path");
-    let target = exe.ancestors().nth(3).expect("tests run from target/PROFILE/deps").join("kvm-guests");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root()).env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
-    cargo.args(["build", "--quiet", "--release", "-p", "kvm-hello", "--target", TARGET, "--target-dir"]).arg(&target);
-    assert!(cargo.status().expect("cargo runs").success(), "cannot build kvm-hello");
-    target.join(TARGET).join("release/kvm-hello")
-}
-
-/// A file of a cpio archive in the format "newc".
-fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
-    let fields = [0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-    out.extend_from_slice(b"070701");
-    fields.iter().for_each(|f| out.extend_from_slice(format!("{f:08X}").as_bytes()));
-    out.extend_from_slice(name.as_bytes());
-    out.push(0);
-    out.resize(out.len().next_multiple_of(4), 0);
-    out.extend_from_slice(data);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
 /// The busybox initramfs with the modules, the VMM and this test's init put over it.
 fn initramfs(dir: &Path, test: &str) -> PathBuf {
-    let read = |p: PathBuf| std::fs::read(&p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
-    let mut image = read(dir.join("hello64.gz"));
-    image.resize(image.len().next_multiple_of(4), 0);
-    let mut cpio = Vec::new();
-    for module in ["irqbypass.ko", "kvm.ko", "kvm-intel.ko"] {
-        cpio_entry(&mut cpio, module, 0o100_644, &read(dir.join("kvm").join(module)));
-    }
-    cpio_entry(&mut cpio, "bin/kvm-hello", 0o100_755, &read(kvm_hello()));
-    cpio_entry(&mut cpio, "init", 0o100_755, INIT.as_bytes());
-    cpio_entry(&mut cpio, "TRAILER!!!", 0, &[]);
-    image.extend(cpio);
-    let path = scratch(test).join("initramfs");
-    std::fs::write(&path, image).expect("the scratch directory is writable");
-    path
+    let mut files = kvm::modules(dir);
+    files.push(("bin/kvm-hello", 0o755, kvm::program("kvm-hello")));
+    files.push(("init", 0o755, INIT.as_bytes().to_vec()));
+    kvm::write_initramfs(test, &kvm::initramfs(&dir.join("hello64.gz"), &files))
 }
 
 fn run_kvm(test: &str, parameters: &str, more: &[&str]) -> Option<Outcome> {
-    let dir = guests()?;
+    let dir = kvm::guests("--kvm")?;
     let (kernel, initrd) = (dir.join("amd64.vmlinuz"), initramfs(&dir, test));
     let append = format!("console=ttyS0 {parameters}");
     let mut args = vec!["run", "--kernel", kernel.to_str().expect("UTF-8 path")];
@@ -92,9 +45,7 @@ fn expect_kvm(run: &Outcome) {
     for wanted in ["KVM-LOADED", "KVM-HELLO-OK"] {
         assert!(run.stdout.contains(wanted), "{wanted}:\n{}", run.shown());
     }
-    for bad in ["Oops", "BUG:", "Call Trace:", "WARNING: CPU", "dump_vmcs"] {
-        assert!(!run.stdout.contains(bad), "the kernel complained ({bad}):\n{}", run.shown());
-    }
+    kvm::expect_no_complaints(run);
 }
 
 /// KVM with everything it finds; the statistics tell of its entries and exits.

@@ -309,6 +309,7 @@ pub fn single_step(v: &mut Vcpu) -> Result<(), Shutdown> {
 /// # Errors
 /// Shutdown, as [`deliver`].
 pub fn debug_trap(v: &mut Vcpu, bits: u64) -> Result<(), Shutdown> {
+    v.vmx.shadow = v.state.shadow;
     deliver(v, Event::Exception(Exception { cr2: bits, ..Exception::new(Vector::Debug) }))
 }
 

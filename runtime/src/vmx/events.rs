@@ -41,6 +41,8 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
     if v.vmx.aborted {
         return Err(Shutdown::TripleFault);
     }
+    // What happens from here on happens between instructions: an exit during a delivery is not in the last one's shadow.
+    v.vmx.shadow = v.state.shadow;
     if let Some(info) = v.vmx.inject.take() {
         inject(v, info)?;
         if !v.vmx.non_root {

@@ -1,6 +1,8 @@
 //! Runs the built `twofold` command for the integration tests: finds the binary, the guests, and limits each run's time.
 #![allow(dead_code)]
 
+pub mod kvm;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};

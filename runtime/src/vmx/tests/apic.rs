@@ -137,6 +137,22 @@ fn g6_virtual_interrupts_by_priority_and_eoi() {
     assert_eq!(get(&v, Field::GuestInterruptStatus), 0);
 }
 
+/// KVM with shadow paging: the exit said "blocking by STI", and the event could not be injected again.
+#[test]
+fn g6_an_interrupt_that_faults_is_not_in_the_shadow_of_the_sti_before() {
+    let mut v = delivering(0);
+    poke64(&v, PAGE + 0x200 + 0x40, 1 << 2);
+    set(&mut v, Field::GuestInterruptStatus, 0x82);
+    set(&mut v, Field::ExceptionBitmap, 1 << 14);
+    // No stack to push to.
+    set(&mut v, Field::GuestRsp, 1 << 40);
+    // sti; nop; hlt
+    code(&v, &[0xfb, 0x90, 0xf4]);
+    assert_eq!(go(&mut v), ExitReason::ExceptionOrNmi);
+    assert_eq!(get(&v, Field::IdtVectoringInfo), 0x8000_0082);
+    assert_eq!((get(&v, Field::GuestRip), get(&v, Field::GuestInterruptibility)), (CODE + 2, 0));
+}
+
 #[test]
 fn g6_self_ipi() {
     let mut v = delivering(proc2::APIC_ACCESSES);
