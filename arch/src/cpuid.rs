@@ -63,6 +63,8 @@ pub enum Feature {
     Vmx,
     Waitpkg,
     Fsrm,
+    Tsc,
+    Msr,
 }
 
 /// The set of features a CPU model has.

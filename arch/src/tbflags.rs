@@ -66,8 +66,8 @@ impl TbFlags {
     pub const ZERO_BASE_SHIFT: u32 = 24;
     /// SSE exceptions are not all masked in MXCSR: floating point takes the checking path.
     pub const SSE_UNMASKED: u32 = 1 << 28;
-    /// VMX non-root operation: intercepted instructions exit.
-    pub const NON_ROOT: u32 = 1 << 29;
+    /// 64-bit code under CR4.LA57: near branches take 57-bit targets.
+    pub const WIDE_LINEAR: u32 = 1 << 29;
     /// IA-32e mode is active (64-bit and compatibility mode).
     pub const LONG: u32 = 1 << 30;
 

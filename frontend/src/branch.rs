@@ -1,8 +1,8 @@
 //! Control transfers: Jcc, JMP, CALL and RET near and far, LOOP, JCXZ, software interrupts, IRET, and the fast system calls.
 //!
 //! Place: a family of the instruction table. Every instruction here ends the block. A near target outside the code segment
-//! is #GP at the branch where the key does not rule it out; in 64-bit code a non-canonical target is refused by whoever
-//! fetches there.
+//! is #GP at the branch where the key does not rule it out, and so is a non-canonical target of an indirect one; of a
+//! direct one it is refused by whoever fetches there.
 
 use iced_x86::{Code, Mnemonic, OpKind};
 use twofold_arch::cpuid::Feature;
@@ -135,6 +135,18 @@ fn check_rip(t: &mut Translator<'_>, rip: Value, bits: u32) {
     if needs_check(t, bits) {
         t.call(Helper::CheckTarget, &[rip]);
     }
+    if t.is64() && bits == 64 {
+        check_canonical(t, rip);
+    }
+}
+
+/// #GP(0) unless all bits from the highest of a linear address on are the same. No constant of 64 bits is needed for it.
+fn check_canonical(t: &mut Translator<'_>, rip: Value) {
+    let highest = if t.flags.has(TbFlags::WIDE_LINEAR) { 56 } else { 47 };
+    let high = t.b.bin_imm(BinOp::Sar, rip, highest);
+    let high = t.b.bin_imm(BinOp::Add, high, 1);
+    let bad = t.b.cmp_imm(IntCc::Ugt, high, 1);
+    t.raise_if(bad, Exception::GP0);
 }
 
 fn end_at(t: &mut Translator<'_>, target: Target, kind: IndirectKind) {

@@ -169,40 +169,99 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     for c in Code::values() {
         let n = by_mnemonic[c.mnemonic() as usize];
         let Some(row) = usize::from(n).checked_sub(1).map(|i| rows[i]) else { continue };
-        index[c as usize] = match c.op_code().encoding() {
-            EncodingKind::Legacy | EncodingKind::D3NOW if !row.is_vex() => n,
-            EncodingKind::VEX if !row.is_vex() => n,
+        let Some(features) = features_of(c, &row) else { continue };
+        index[c as usize] = if features == row.features {
+            n
+        } else {
             // Forms of one mnemonic belong to different features: a row for each form.
-            EncodingKind::VEX => vex_features(c).map_or(0, |features| {
-                rows.push(Row { features, ..row });
-                rows.len() as u16
-            }),
-            _ => 0,
+            rows.push(Row { features, ..row });
+            rows.len() as u16
         };
     }
-    for (i, row) in rows.iter().enumerate() {
+    for (i, row) in rows.iter_mut().enumerate() {
         if let Key::One(c) = row.key {
+            row.features = features_of(c, row).unwrap_or(row.features);
             index[c as usize] = i as u16 + 1;
         }
     }
     Table { rows, index }
 });
 
-/// The features a VEX-coded form needs; `None` for a form that twofold does not have.
-fn vex_features(c: Code) -> Option<Features> {
-    c.cpuid_features().iter().try_fold(Features::NONE, |set, f| {
-        Some(set.with(match f {
-            CpuidFeature::AVX => Feature::Avx,
-            CpuidFeature::AVX2 => Feature::Avx2,
-            CpuidFeature::FMA => Feature::Fma,
-            CpuidFeature::F16C => Feature::F16c,
-            CpuidFeature::AES => Feature::Aes,
-            CpuidFeature::PCLMULQDQ => Feature::Pclmulqdq,
-            CpuidFeature::VAES => Feature::Vaes,
-            CpuidFeature::VPCLMULQDQ => Feature::Vpclmulqdq,
-            CpuidFeature::GFNI => Feature::Gfni,
-            _ => return None,
-        }))
+/// The features a form needs: those of its row and those that the decoder's table knows. `None` for a form that twofold
+/// does not have.
+fn features_of(c: Code, row: &Row) -> Option<Features> {
+    match c.op_code().encoding() {
+        EncodingKind::Legacy | EncodingKind::D3NOW if !row.is_vex() => {}
+        EncodingKind::VEX => {}
+        _ => return None,
+    }
+    // Without their feature these are other instructions: BSF and BSR, and prefetches that do nothing.
+    if matches!(c.mnemonic(), Mnemonic::Tzcnt | Mnemonic::Lzcnt | Mnemonic::Prefetchw | Mnemonic::Prefetchwt1) {
+        return Some(row.features);
+    }
+    c.cpuid_features().iter().try_fold(row.features, |set, &f| match feature(f) {
+        Some(f) => Some(set.with(f)),
+        None if row.is_vex() => None,
+        None => Some(set),
+    })
+}
+
+/// The decoder's name for a feature as ours.
+fn feature(f: CpuidFeature) -> Option<Feature> {
+    Some(match f {
+        CpuidFeature::ADX => Feature::Adx,
+        CpuidFeature::AES => Feature::Aes,
+        CpuidFeature::AVX => Feature::Avx,
+        CpuidFeature::AVX2 => Feature::Avx2,
+        CpuidFeature::BMI1 => Feature::Bmi1,
+        CpuidFeature::BMI2 => Feature::Bmi2,
+        CpuidFeature::CLFLUSHOPT => Feature::Clflushopt,
+        CpuidFeature::CLFSH => Feature::Clflush,
+        CpuidFeature::CLWB => Feature::Clwb,
+        CpuidFeature::CMOV => Feature::Cmov,
+        CpuidFeature::CMPXCHG16B => Feature::Cx16,
+        CpuidFeature::CX8 => Feature::Cx8,
+        CpuidFeature::F16C => Feature::F16c,
+        CpuidFeature::FMA => Feature::Fma,
+        CpuidFeature::FPU => Feature::X87,
+        CpuidFeature::FSGSBASE => Feature::Fsgsbase,
+        CpuidFeature::FXSR => Feature::Fxsr,
+        CpuidFeature::GFNI => Feature::Gfni,
+        CpuidFeature::INVPCID => Feature::Invpcid,
+        CpuidFeature::MMX => Feature::Mmx,
+        CpuidFeature::MONITOR => Feature::Monitor,
+        CpuidFeature::MOVBE => Feature::Movbe,
+        CpuidFeature::MOVDIR64B => Feature::Movdir64b,
+        CpuidFeature::MOVDIRI => Feature::Movdiri,
+        CpuidFeature::MSR => Feature::Msr,
+        CpuidFeature::PCLMULQDQ => Feature::Pclmulqdq,
+        CpuidFeature::PKU => Feature::Pku,
+        CpuidFeature::POPCNT => Feature::Popcnt,
+        CpuidFeature::RDPID => Feature::Rdpid,
+        CpuidFeature::RDRAND => Feature::Rdrand,
+        CpuidFeature::RDSEED => Feature::Rdseed,
+        CpuidFeature::RDTSCP => Feature::Rdtscp,
+        CpuidFeature::SEP => Feature::Sysenter,
+        CpuidFeature::SERIALIZE => Feature::Serialize,
+        CpuidFeature::SHA => Feature::Sha,
+        CpuidFeature::SMAP => Feature::Smap,
+        CpuidFeature::SSE => Feature::Sse,
+        CpuidFeature::SSE2 => Feature::Sse2,
+        CpuidFeature::SSE3 => Feature::Sse3,
+        CpuidFeature::SSE4_1 => Feature::Sse41,
+        CpuidFeature::SSE4_2 => Feature::Sse42,
+        CpuidFeature::SSSE3 => Feature::Ssse3,
+        CpuidFeature::SYSCALL => Feature::Syscall,
+        CpuidFeature::TSC => Feature::Tsc,
+        CpuidFeature::VAES => Feature::Vaes,
+        CpuidFeature::VMX | CpuidFeature::INVEPT | CpuidFeature::INVVPID => Feature::Vmx,
+        CpuidFeature::VPCLMULQDQ => Feature::Vpclmulqdq,
+        CpuidFeature::WAITPKG => Feature::Waitpkg,
+        CpuidFeature::XSAVE => Feature::Xsave,
+        CpuidFeature::XSAVEC => Feature::Xsavec,
+        CpuidFeature::XSAVEOPT => Feature::Xsaveopt,
+        CpuidFeature::XSAVES => Feature::Xsaves,
+        _ => return None,
     })
 }
 

@@ -89,3 +89,22 @@ fn debian_686_pae() {
     let Some(dir) = guests(true) else { return };
     expect_booted(&boot(&dir, "pae.vmlinuz", "hello32.zst", &[]), "i686");
 }
+
+/// A 32-bit userland on the 64-bit kernel: compatibility mode, SYSENTER or INT 0x80.
+#[test]
+fn debian_amd64_with_32_bit_userland() {
+    let Some(dir) = guests(true) else { return };
+    expect_booted(&boot(&dir, "amd64.vmlinuz", "hello32.zst", &[]), "x86_64");
+}
+
+/// Old processors: no long mode on one, no XSAVE, no x2APIC and timers to calibrate on the other.
+#[test]
+fn debian_on_old_processors() {
+    let Some(dir) = guests(true) else { return };
+    let run = boot(&dir, "686.vmlinuz", "hello32.gz", &["--cpu", "pentium3"]);
+    expect_booted(&run, "i686");
+    assert!(run.stdout.contains("Pentium III"), "{}", run.shown());
+    let run = boot(&dir, "amd64.vmlinuz", "hello64.gz", &["--cpu", "nehalem,-mca"]);
+    expect_booted(&run, "x86_64");
+    assert!(run.stdout.contains("(family: 0x6, model: 0x1a, stepping: 0x5)"), "{}", run.shown());
+}

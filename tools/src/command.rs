@@ -63,7 +63,7 @@ fn manual(command: Option<&str>) -> Result<u8, Error> {
 
 fn show_cpu(what: CpuCommand) -> Result<u8, Error> {
     print(match what {
-        CpuCommand::List => CpuModel::list().iter().map(|(name, about)| format!("{name:<8} {about}\n")).collect(),
+        CpuCommand::List => CpuModel::list().map(|(name, about)| format!("{name:<15} {about}\n")).collect(),
         CpuCommand::Show { model } => CpuModel::parse(&model).map_err(Error::Usage)?.show(),
     })
 }

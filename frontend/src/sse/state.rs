@@ -48,7 +48,11 @@ fn stmxcsr(t: &mut Translator<'_>) {
 
 /// The save area's linear address. Outside 64-bit code the segment is checked at the first and the last byte of the
 /// legacy area.
-fn area_address(t: &mut Translator<'_>, access: Access) -> Value {
+fn area_address(t: &mut Translator<'_>, kind: u64, access: Access) -> Value {
+    // Where only CPL 0 may, the helper refuses before anybody asks what the segment thinks of the address.
+    if kind & area::KIND == area::XSAVES && t.flags.cpl() != 0 {
+        return t.c64(0);
+    }
     if !t.is64() {
         let last = t.c64(511);
         t.mem_addr_plus(last, 1, access);
@@ -62,13 +66,13 @@ fn form(t: &Translator<'_>, kind: u64) -> u64 {
 }
 
 fn save(t: &mut Translator<'_>, kind: u64) {
-    let addr = area_address(t, Access::Write);
+    let addr = area_address(t, kind, Access::Write);
     let f = t.c64(form(t, kind));
     t.call(Helper::SaveState, &[addr, f]);
 }
 
 fn restore(t: &mut Translator<'_>, kind: u64) {
-    let addr = area_address(t, Access::Read);
+    let addr = area_address(t, kind, Access::Read);
     let f = t.c64(form(t, kind));
     t.call(Helper::RestoreState, &[addr, f]);
     t.end_dispatch();

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use twofold_arch::control::xcr0;
 use twofold_arch::cpuid::{Feature, Features};
 
+use super::models::{self, Cache, Generation, Model};
 use crate::platform::clock::{BASE_MHZ, CRYSTAL_HZ, TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR};
 use crate::vmx::caps::{self, Caps, RowSet};
 
@@ -59,8 +60,8 @@ cpuid_bits! {
     Vme "vme" 1 0 D 1 max;
     De "de" 1 0 D 2 max;
     Pse "pse" 1 0 D 3 max;
-    Tsc "tsc" 1 0 D 4 max;
-    Msr "msr" 1 0 D 5 max;
+    Tsc "tsc" 1 0 D 4 [Tsc] max;
+    Msr "msr" 1 0 D 5 [Msr] max;
     Pae "pae" 1 0 D 6 max;
     Mce "mce" 1 0 D 7 max;
     Cx8 "cx8" 1 0 D 8 [Cx8] max;
@@ -151,10 +152,6 @@ const _: () = assert!(ROWS.len() <= 128);
 const AREA: usize = crate::fpu::area::EXTENDED;
 /// Bytes of the AVX component.
 const AVX_AREA: usize = 256;
-/// Highest basic leaf.
-const MAX_LEAF: u32 = 0x1f;
-/// Highest extended leaf.
-const MAX_EXTENDED_LEAF: u32 = 0x8000_0008;
 /// What leaf 0x40000000 answers in EBX, ECX, EDX.
 const HYPERVISOR_SIGNATURE: &[u8; 12] = b"twofold\0\0\0\0\0";
 
@@ -209,54 +206,11 @@ pub struct CpuModel {
     bits: u128,
     /// Features of VMX that were taken away.
     without_vmx: RowSet,
+    /// The named model it began as.
+    base: &'static Model,
     /// What VMX can do.
     pub vmx: Caps,
 }
-
-/// The models there are, with a line for people.
-const MODELS: &[(&str, &str)] = &[
-    ("max", "every feature twofold implements, with an Ice Lake server's signature"),
-    ("base", "x86-64 as it was at first: SSE2, NX, no feature that came later"),
-];
-
-/// What `base` has.
-const BASE: &[Bit] = {
-    use Bit::*;
-    &[
-        Fpu,
-        Vme,
-        De,
-        Pse,
-        Tsc,
-        Msr,
-        Pae,
-        Mce,
-        Cx8,
-        Apic,
-        Sep,
-        Mtrr,
-        Pge,
-        Mca,
-        Cmov,
-        Pat,
-        Pse36,
-        Clflush,
-        Mmx,
-        Fxsr,
-        Sse,
-        Sse2,
-        Ss,
-        Syscall,
-        Nx,
-        Lm,
-        Hypervisor,
-        Arat,
-        InvariantTsc,
-        SpecCtrl,
-        ArchCapabilities,
-        TscDeadline,
-    ]
-};
 
 impl Default for CpuModel {
     fn default() -> Self {
@@ -268,20 +222,34 @@ impl CpuModel {
     /// The model `max`.
     #[must_use]
     pub fn max() -> Self {
-        let bits = ROWS.iter().filter(|r| r.in_max).fold(0, |b, r| b | 1 << r.bit as u8);
-        Self::with_bits("max", bits)
+        Self::named(&models::MODELS[0])
     }
 
-    fn with_bits(name: &str, bits: u128) -> Self {
+    /// A named model as it is.
+    fn named(base: &'static Model) -> Self {
+        let bits = match base.generation {
+            Generation::Max => ROWS.iter().filter(|r| r.in_max).fold(0, |b, r| b | 1 << r.bit as u8),
+            generation => bits_of(generation),
+        };
+        let later =
+            models::VMX_SINCE.iter().filter(|(since, _)| *since > base.generation).flat_map(|(_, names)| *names);
+        let mut without_vmx = RowSet::default();
+        for name in later.chain(base.without_vmx) {
+            if let Some(i) = caps::ROWS.iter().position(|r| r.name == *name) {
+                without_vmx.set(i, true);
+            }
+        }
+        let (family, model, stepping) = base.signature;
         let mut model = Self {
-            name: name.to_string(),
-            family: 6,
-            model: 0x6a,
-            stepping: 6,
+            name: base.name.to_string(),
+            family,
+            model,
+            stepping,
             features: Features::NONE,
-            phys_bits: 46,
-            bits,
-            without_vmx: RowSet::default(),
+            phys_bits: base.phys_bits,
+            bits: base.without.iter().fold(bits, |b, bit| b & !(1 << *bit as u8)),
+            without_vmx,
+            base,
             vmx: Caps::default(),
         };
         model.derive();
@@ -393,14 +361,12 @@ impl CpuModel {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',').map(str::trim);
         let base = parts.next().unwrap_or_default();
-        let mut model = match base {
-            "max" | "host" | "qemu64" => Self::max(),
-            "base" => Self::with_bits("base", BASE.iter().fold(0, |b, bit| b | 1 << *bit as u8)),
-            _ => {
-                let names: Vec<&str> = MODELS.iter().map(|(n, _)| *n).collect();
-                return Err(format!("unknown CPU model '{base}'; choose one of: {}", names.join(", ")));
-            }
+        let is_meant = |m: &&Model| same_name(m.name, base) || m.aliases.iter().any(|alias| same_name(alias, base));
+        let Some(found) = models::MODELS.iter().find(is_meant) else {
+            let names: Vec<&str> = models::MODELS.iter().map(|m| m.name).collect();
+            return Err(format!("unknown CPU model '{base}'; choose one of: {}", names.join(", ")));
         };
+        let mut model = Self::named(found);
         for part in parts.filter(|p| !p.is_empty()) {
             let (on, name) = match (part.strip_prefix('+'), part.strip_prefix('-'), part.split_once('=')) {
                 (Some(name), _, _) => (true, name),
@@ -416,7 +382,13 @@ impl CpuModel {
                 model.without_vmx.set(i, !on);
                 continue;
             }
-            let Some(row) = ROWS.iter().find(|r| same_name(r.name, name)) else {
+            let Some(row) = ROWS.iter().find(|r| same_name(r.name, name) || also_called(r.bit, name)) else {
+                if models::NOT_IMPLEMENTED.iter().any(|known| same_name(known, name)) {
+                    if !on {
+                        continue;
+                    }
+                    return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
+                }
                 return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
             };
             if on && !Self::max().has(row.bit) {
@@ -433,9 +405,8 @@ impl CpuModel {
     }
 
     /// Names and descriptions of all models.
-    #[must_use]
-    pub fn list() -> &'static [(&'static str, &'static str)] {
-        MODELS
+    pub fn list() -> impl Iterator<Item = (&'static str, &'static str)> {
+        models::MODELS.iter().map(|m| (m.name, m.about))
     }
 
     /// The names of the features the model has.
@@ -455,6 +426,18 @@ impl CpuModel {
             self.model,
             self.stepping,
             self.signature()
+        );
+        let _ = writeln!(out, "brand      {}", if self.base.brand.is_empty() { "number 2" } else { self.base.brand });
+        let caches: Vec<String> = self.base.caches.iter().map(Cache::to_string).collect();
+        let _ = writeln!(out, "caches     {}", if caches.is_empty() { "by leaf 2".into() } else { caches.join(", ") });
+        let _ = writeln!(
+            out,
+            "leaves     up to {:#x}{}",
+            self.max_leaf(),
+            match self.max_extended_leaf() {
+                0 => String::new(),
+                n => format!(" and {n:#x}"),
+            }
         );
         let _ = writeln!(out, "addresses  {} bits physical, {} bits linear", self.phys_bits, self.linear_bits());
         let wrap = |out: &mut String, title: &str, names: Vec<&str>| {
@@ -479,7 +462,9 @@ impl CpuModel {
             wrap(&mut out, "VMX", self.vmx.names(true).collect());
             wrap(&mut out, "VMX absent", self.vmx.names(false).collect());
         }
-        let _ = writeln!(out, "MSR 0x10a  {ARCH_CAPABILITIES:#018x} IA32_ARCH_CAPABILITIES");
+        if self.has(Bit::ArchCapabilities) {
+            let _ = writeln!(out, "MSR 0x10a  {ARCH_CAPABILITIES:#018x} IA32_ARCH_CAPABILITIES");
+        }
         out.push_str(&self.vmx.show());
         out
     }
@@ -498,7 +483,23 @@ impl CpuModel {
     /// Width of linear addresses that the CPU supports.
     #[must_use]
     pub const fn linear_bits(&self) -> u8 {
-        if self.has(Bit::La57) { 57 } else { 48 }
+        match (self.has(Bit::La57), self.has(Bit::Lm)) {
+            (true, _) => 57,
+            (false, true) => 48,
+            (false, false) => 32,
+        }
+    }
+
+    /// Highest basic leaf: the processor's, or that of a feature it was given.
+    fn max_leaf(&self) -> u32 {
+        let leaves = ROWS.iter().filter(|r| self.has(r.bit)).map(|r| r.place.0);
+        leaves.filter(|l| *l < 0x4000_0000).fold(self.base.leaves.0, u32::max)
+    }
+
+    /// The same of the extended leaves, or 0.
+    fn max_extended_leaf(&self) -> u32 {
+        let leaves = ROWS.iter().filter(|r| self.has(r.bit)).map(|r| r.place.0);
+        leaves.filter(|l| *l >= 0x8000_0000).fold(self.base.leaves.1, u32::max)
     }
 
     /// The XCR0 bits that may be set.
@@ -514,10 +515,10 @@ impl CpuModel {
     /// CPUID: EAX, EBX, ECX, EDX of a leaf (SDM Vol 2A, "CPUID—CPU Identification").
     #[must_use]
     pub fn cpuid(&self, leaf: u32, subleaf: u32, state: &CpuidState) -> [u32; 4] {
-        let max_basic = if self.has(Bit::TscDeadline) { MAX_LEAF } else { 0x16 };
+        let max_basic = self.max_leaf();
         let leaf = match leaf {
             0x4000_0000..=0x4fff_ffff if self.has(Bit::Hypervisor) => leaf,
-            0x8000_0000..=MAX_EXTENDED_LEAF => leaf,
+            n if n >= 0x8000_0000 && n <= self.max_extended_leaf() => leaf,
             n if n <= max_basic => n,
             // "If a value entered for CPUID.EAX is higher than the maximum … the data for the highest basic leaf is returned".
             _ => max_basic,
@@ -544,13 +545,15 @@ impl CpuModel {
                 [max_basic, b, c, d]
             }
             1 => {
-                let ebx = state.apic_id << 24 | ids.min(255) << 16 | 8 << 8;
+                // The line that CLFLUSH flushes, in units of 8 bytes; the number of a brand that is no string.
+                let line = if self.has(Bit::Clflush) { 8 << 8 } else { 0 };
+                let brand = if self.base.brand.is_empty() { 2 } else { 0 };
+                let ebx = state.apic_id << 24 | ids.min(255) << 16 | line | brand;
                 let ecx = if state.cr4 & cr4::OSXSAVE != 0 { 1 << 27 } else { 0 };
                 let edx = if cpus > 1 { 1 << 28 } else { 0 };
                 [self.signature(), ebx, ecx, edx]
             }
-            // One descriptor: "use leaf 4".
-            2 => [0x00ff_ff01, 0, 0, 0],
+            2 => self.base.descriptors,
             4 => self.cache_leaf(subleaf, ids),
             7 if subleaf == 0 => [2, 0, if state.cr4 & cr4::PKE != 0 { 1 << 4 } else { 0 }, 0],
             0xb | 0x1f => topology_leaf(subleaf, state.apic_id, cpus),
@@ -561,10 +564,10 @@ impl CpuModel {
                 let [b, c, d] = words(HYPERVISOR_SIGNATURE);
                 [0x4000_0000, b, c, d]
             }
-            0x8000_0000 => [MAX_EXTENDED_LEAF, 0, 0, 0],
+            0x8000_0000 => [self.max_extended_leaf(), 0, 0, 0],
             0x8000_0002..=0x8000_0004 => {
                 let mut brand = [0u8; 48];
-                let text = b"twofold x86-64 processor";
+                let text = self.base.brand.as_bytes();
                 brand[..text.len()].copy_from_slice(text);
                 let at = (leaf - 0x8000_0002) as usize * 16;
                 core::array::from_fn(|i| {
@@ -572,25 +575,31 @@ impl CpuModel {
                     u32::from_le_bytes([brand[b], brand[b + 1], brand[b + 2], brand[b + 3]])
                 })
             }
-            // 64-byte lines, 8 ways (encoded 6), 1024 KiB.
-            0x8000_0006 => [0, 0, 1024 << 16 | 6 << 12 | 64, 0],
+            0x8000_0006 => [0, 0, self.level_2_word(), 0],
             0x8000_0008 => [u32::from(self.phys_bits) | u32::from(self.linear_bits()) << 8, 0, 0, 0],
             _ => [0; 4],
         }
     }
 
-    /// Deterministic cache parameters: 32 KiB data, 32 KiB code, 1 MiB per core, 16 MiB shared.
+    /// Deterministic cache parameters.
     fn cache_leaf(&self, subleaf: u32, ids: u32) -> [u32; 4] {
-        // (type, level, sets, ways, sharing)
-        let (kind, level, sets, ways, sharing) = match subleaf {
-            0 => (1, 1, 64, 8, 1),
-            1 => (2, 1, 64, 8, 1),
-            2 => (3, 2, 1024, 16, 1),
-            3 => (3, 3, 16384, 16, ids),
-            _ => return [0; 4],
+        let Some(cache) = self.base.caches.get(subleaf as usize) else { return [0; 4] };
+        let sharing = if cache.shared { ids } else { 1 };
+        let kind = u32::from(cache.kind) | u32::from(cache.level) << 5;
+        let eax = kind | 1 << 8 | (sharing - 1) << 14 | (ids.min(64) - 1) << 26;
+        [eax, (u32::from(cache.ways) - 1) << 22 | 63, cache.sets - 1, 0]
+    }
+
+    /// CPUID.80000006H:ECX: the second-level cache, with lines of 64 bytes.
+    fn level_2_word(&self) -> u32 {
+        let Some(cache) = self.base.caches.iter().find(|c| c.level == 2) else { return 0 };
+        let ways = match cache.ways {
+            4 => 4,
+            8 => 6,
+            16 => 8,
+            _ => 7,
         };
-        let eax = kind | level << 5 | 1 << 8 | (sharing - 1) << 14 | (ids.min(64) - 1) << 26;
-        [eax, (ways - 1) << 22 | 63, sets - 1, 0]
+        cache.kib() << 16 | ways << 12 | 64
     }
 
     fn xsave_leaf(&self, subleaf: u32, enabled: u64) -> [u32; 4] {
@@ -620,6 +629,36 @@ fn topology_leaf(subleaf: u32, apic_id: u32, cpus: u32) -> [u32; 4] {
 
 fn words(text: &[u8; 12]) -> [u32; 3] {
     core::array::from_fn(|i| u32::from_le_bytes([text[i * 4], text[i * 4 + 1], text[i * 4 + 2], text[i * 4 + 3]]))
+}
+
+/// The CPUID bits of a generation.
+fn bits_of(generation: Generation) -> u128 {
+    let brought = models::SINCE.iter().filter(|(since, _)| *since <= generation);
+    brought.fold(0, |all, (since, bits)| {
+        let early = |bit: &&Bit| {
+            *since == Generation::X86_64 && generation > Generation::X86_64 && models::BASELINE_ONLY.contains(bit)
+        };
+        bits.iter().filter(|bit| !early(bit)).fold(all, |all, bit| all | 1 << *bit as u8)
+    })
+}
+
+/// Names that Linux, QEMU or the manuals have for a bit besides ours.
+fn also_called(bit: Bit, name: &str) -> bool {
+    let names: &[&str] = match bit {
+        Bit::Pni => &["pni"],
+        Bit::Lzcnt => &["abm"],
+        Bit::Prefetchw => &["3dnowprefetch"],
+        Bit::Sha => &["sha-ni"],
+        Bit::Cx8 => &["cmpxchg8b"],
+        Bit::Cx16 => &["cmpxchg16b"],
+        Bit::Nx => &["xd"],
+        Bit::InvariantTsc => &["constant-tsc", "nonstop-tsc"],
+        Bit::Lm => &["em64t"],
+        Bit::Clflush => &["clfsh"],
+        Bit::Pclmulqdq => &["pclmul"],
+        _ => &[],
+    };
+    names.iter().any(|n| same_name(n, name))
 }
 
 /// `-`, `_` and `.` in feature names are interchangeable or may be left out, case does not count.
@@ -684,6 +723,101 @@ mod tests {
         assert_eq!(m.cpuid(0xd, 0, &s), [7, 832, 832, 0]);
         assert_eq!(m.cpuid(0xd, 1, &s)[1], 832);
         assert_eq!(m.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
+    }
+
+    /// Signatures and widths as the manuals have them, in every model's own leaves.
+    #[test]
+    fn named_models_are_what_they_say() {
+        let rows: [(&str, u32, u32, u32, u32); 6] = [
+            ("pentium3", 0x686, 2, 36, 32),
+            ("conroe", 0x6f6, 0xa, 36, 48),
+            ("Nehalem", 0x106a5, 0xb, 36, 48),
+            ("Skylake-Client", 0x506e3, 0x16, 39, 48),
+            ("skylake_server", 0x50654, 0x16, 46, 48),
+            ("IceLake", 0x606a6, 0x1f, 46, 57),
+        ];
+        for (name, signature, leaves, physical, linear) in rows {
+            let m = CpuModel::parse(name).unwrap();
+            assert_eq!(m.cpuid(1, 0, &state(1))[0], signature, "{name}");
+            assert_eq!(m.cpuid(0, 0, &state(1))[0], leaves, "{name}");
+            assert_eq!((u32::from(m.phys_bits), u32::from(m.linear_bits())), (physical, linear), "{name}");
+            if m.max_extended_leaf() != 0 {
+                assert_eq!(m.cpuid(0x8000_0008, 0, &state(1))[0] & 0xffff, linear << 8 | physical, "{name}");
+            }
+        }
+        let old = CpuModel::parse("pentium3").unwrap();
+        // There are no extended leaves: the highest basic one answers, here with descriptors of caches.
+        assert_eq!(old.cpuid(0x8000_0000, 0, &state(1)), old.cpuid(2, 0, &state(1)));
+        assert_eq!(old.cpuid(1, 0, &state(1))[1] & 0xff, 2);
+        assert_eq!(old.cpuid(4, 0, &state(1)), old.cpuid(2, 0, &state(1)));
+    }
+
+    /// Each model has what the one before it has, and nothing that its time did not know.
+    #[test]
+    fn generations_grow() {
+        let bits = |name: &str| CpuModel::parse(name).unwrap().bits;
+        let order = ["pentium3", "conroe", "nehalem", "westmere", "sandybridge", "ivybridge", "haswell", "broadwell"];
+        for pair in order.windows(2) {
+            assert_eq!(bits(pair[0]) & !bits(pair[1]), 0, "{pair:?}");
+        }
+        assert_eq!(bits("skylake-client") & !bits("skylake-server"), 0);
+        assert_eq!(bits("icelake-server") & !CpuModel::max().bits, 0);
+        let has = |name: &str, bit| CpuModel::parse(name).unwrap().has(bit);
+        for (first, bit) in [
+            ("conroe", Bit::Ssse3),
+            ("nehalem", Bit::Popcnt),
+            ("westmere", Bit::Aes),
+            ("sandybridge", Bit::Avx),
+            ("ivybridge", Bit::Smep),
+            ("haswell", Bit::Avx2),
+            ("broadwell", Bit::Smap),
+        ] {
+            let at = order.iter().position(|n| *n == first).unwrap();
+            assert!(has(first, bit) && !has(order[at - 1], bit), "{first} {bit:?}");
+        }
+        assert!(!has("pentium3", Bit::Lm) && !has("pentium3", Bit::Nx) && !has("pentium3", Bit::Sse2));
+    }
+
+    /// The VMX capabilities are those of their time, and make sense together.
+    #[test]
+    fn vmx_of_named_models() {
+        use twofold_arch::vmx::control::proc2;
+        let vmx = |name: &str| CpuModel::parse(name).unwrap().vmx;
+        assert!(vmx("pentium3").show().is_empty());
+        assert_eq!(vmx("conroe").allowed(twofold_arch::vmx::Word::Proc2).may, 0);
+        assert!(vmx("nehalem").has_proc2(proc2::EPT) && !vmx("nehalem").has_proc2(proc2::UNRESTRICTED_GUEST));
+        assert!(vmx("westmere").has_proc2(proc2::UNRESTRICTED_GUEST));
+        assert!(vmx("haswell").has_proc2(proc2::VMCS_SHADOWING) && !vmx("haswell").has_proc2(proc2::PML));
+        assert!(!vmx("skylake-client").has_proc2(proc2::VIRTUAL_INTERRUPT_DELIVERY));
+        assert!(vmx("skylake-server").has_proc2(proc2::VIRTUAL_INTERRUPT_DELIVERY | proc2::TSC_SCALING));
+        // Whatever a list names exists.
+        let names =
+            models::VMX_SINCE.iter().flat_map(|(_, n)| *n).chain(models::MODELS.iter().flat_map(|m| m.without_vmx));
+        for name in names {
+            assert!(caps::ROWS.iter().any(|r| r.name == *name), "{name}");
+        }
+    }
+
+    #[test]
+    fn models_and_features_have_one_name_each() {
+        let mut names: Vec<String> = models::MODELS
+            .iter()
+            .flat_map(|m| m.aliases.iter().chain([&m.name]))
+            .chain(ROWS.iter().map(|r| &r.name))
+            .chain(models::NOT_IMPLEMENTED)
+            .map(|n| n.replace(['-', '_', '.'], ""))
+            .collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert!(models::MODELS.iter().all(|m| m.brand.len() < 48));
+        let message = CpuModel::parse("max,+avx512f").unwrap_err();
+        assert!(message.contains("not implemented"), "{message}");
+        assert!(CpuModel::parse("max,-avx512f,-rtm").is_ok());
+        // A feature from another time brings its leaf.
+        let m = CpuModel::parse("pentium3,+smep").unwrap();
+        assert_eq!(m.cpuid(7, 0, &state(1))[1], 1 << 7);
     }
 
     /// What compilers call x86-64-v3.

@@ -11,6 +11,7 @@ pub mod debug;
 pub mod far;
 pub mod interrupt;
 pub mod mode;
+pub mod models;
 pub mod msr;
 pub mod ops;
 pub mod segments;

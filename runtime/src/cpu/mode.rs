@@ -72,7 +72,7 @@ pub const fn is_canonical(s: &CpuState, la: u64) -> bool {
 #[must_use]
 #[inline]
 pub fn is_canonical_base(v: &Vcpu, la: u64) -> bool {
-    twofold_arch::LinearAddr(la).is_canonical(u32::from(v.model.linear_bits()))
+    twofold_arch::LinearAddr(la).is_canonical(u32::from(v.model.linear_bits().max(48)))
 }
 
 /// Mask of RIP and near offsets in the code that runs.
@@ -103,6 +103,7 @@ pub fn tb_flags(s: &CpuState) -> TbFlags {
     f |= mem << TbFlags::MEM_SHIFT;
     if is_64bit(s) {
         f |= 2 | TbFlags::SS32 | 0b1111 << TbFlags::ZERO_BASE_SHIFT;
+        f |= if s.cr4 & cr4::LA57 != 0 { TbFlags::WIDE_LINEAR } else { 0 };
     } else {
         f |= segment_flags(s);
     }

@@ -109,6 +109,9 @@ pub fn wrmsr(v: &mut Vcpu) -> Helped {
 
 /// The value of an MSR; #GP(0) when there is none of that number.
 pub fn read(v: &mut Vcpu, number: u32) -> Helped {
+    if !exists(v, number) {
+        return Err(unknown(v, "read", number));
+    }
     let s = &v.state;
     let c = &v.cold;
     let value = match number {
@@ -158,6 +161,9 @@ pub fn read(v: &mut Vcpu, number: u32) -> Helped {
 
 /// Writes an MSR; #GP(0) when there is none of that number, or the value is not one it can hold.
 pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
+    if !exists(v, number) {
+        return Err(unknown(v, "write", number));
+    }
     let canonical = is_canonical_base(v, value);
     let require = |ok: bool| if ok { Ok(()) } else { Err(GP0) };
     match number {
@@ -166,6 +172,8 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
             shift_tsc(v, delta);
         }
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+            // IA32_APIC_BASE.EXTD is reserved where there is no x2APIC mode.
+            require(number != msr::APIC_BASE || v.model.has(Bit::X2apic) || value & 1 << 10 == 0)?;
             let index = v.index;
             v.with_devices(|p| p.apic_msr_write(index, number, value)).map_err(|()| GP0)?;
         }
@@ -249,6 +257,26 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
         },
     }
     Ok(())
+}
+
+/// Whether CPUID shows what the MSR belongs to; the rest of them is decided where they are read and written.
+fn exists(v: &Vcpu, number: u32) -> bool {
+    let needs: &[Bit] = match number {
+        msr::TSC => &[Bit::Tsc],
+        msr::APIC_BASE => &[Bit::Apic],
+        msr::X2APIC_FIRST..=msr::X2APIC_LAST => &[Bit::X2apic],
+        msr::TSC_DEADLINE => &[Bit::TscDeadline],
+        msr::SYSENTER_CS | msr::SYSENTER_ESP | msr::SYSENTER_EIP => &[Bit::Sep],
+        msr::MCG_CAP | msr::MCG_STATUS => &[Bit::Mca],
+        msr::PAT => &[Bit::Pat],
+        msr::MTRRCAP | msr::MTRR_DEF_TYPE | msr::MTRR_PHYSBASE0..=MTRR_PHYS_LAST => &[Bit::Mtrr],
+        msr::EFER => &[Bit::Syscall, Bit::Nx, Bit::Lm],
+        msr::STAR => &[Bit::Syscall],
+        msr::LSTAR | msr::CSTAR | msr::FMASK | msr::FS_BASE | msr::GS_BASE | msr::KERNEL_GS_BASE => &[Bit::Lm],
+        n if fixed_mtrr(n).is_some() => &[Bit::Mtrr],
+        _ => return true,
+    };
+    needs.iter().any(|bit| v.model.has(*bit))
 }
 
 /// Moves the TSC, and IA32_TSC_ADJUST with it (SDM Vol 3B, "IA32_TSC_ADJUST Support").

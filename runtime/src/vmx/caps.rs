@@ -329,7 +329,7 @@ impl Caps {
         let mut caps = Self {
             present: model.has(Bit::Vmx),
             phys_bits: u32::from(model.phys_bits),
-            linear_bits: u32::from(model.linear_bits()),
+            linear_bits: u32::from(model.linear_bits().max(48)),
             cr4_fixed1: model.cr4_mask() | CR4_FIXED0,
             efer_bits: model.efer_mask(),
             ..Self::default()

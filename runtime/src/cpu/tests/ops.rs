@@ -235,3 +235,20 @@ fn thunks_record_what_was_raised() {
     v.state.fault.pending = 0;
     assert_eq!(crate::cpu::table::call_thunk(Helper::Pdep, state, [3, 0xf0, 0, 0]), 0x30);
 }
+
+/// XSAVES and XRSTORS outside CPL 0 are #GP(0), whatever the segment of the operand says.
+#[test]
+fn xsaves_asks_for_the_cpl_before_the_segment() {
+    for modrm in [0x2d, 0x1d] {
+        let mut v = long_mode();
+        cr::write_cr4(&mut v, cr4::PAE | cr4::OSFXSR | cr4::OSXSAVE).unwrap();
+        to_user(&mut v, 0x6000, 2);
+        v.state.seg[1].attr = v.state.seg[1].attr & !twofold_arch::segment::attr::L | twofold_arch::segment::attr::DB;
+        v.state.seg[2].limit = 0x10;
+        // XSAVES or XRSTORS SS:[0x5000].
+        poke(&v, 0x6000, &[0x36, 0x0f, 0xc7, modrm, 0, 0x50, 0, 0]);
+        super::super::refresh_space(&mut v);
+        crate::exec::dispatch::step(&mut v).unwrap();
+        assert_eq!(v.state.rip, HANDLERS + 16 * 13);
+    }
+}
