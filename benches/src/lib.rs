@@ -5,6 +5,7 @@
 //! milliseconds).
 
 pub mod kernels;
+pub mod suite;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
