@@ -65,6 +65,8 @@ pub enum Feature {
     Fsrm,
     Tsc,
     Msr,
+    /// The x87 code and data selectors read as 0.
+    ZeroFcsFds,
 }
 
 /// The set of features a CPU model has.

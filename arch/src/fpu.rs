@@ -75,6 +75,95 @@ pub mod area {
     pub const STACK: u64 = 1 << 4;
 }
 
+/// The first argument of `Helper::X87Do`, an instruction on the host's x87 unit.
+///
+/// Its result is what the instruction stores (of ten bytes the low eight; all of them are in `CpuState::x87_operand`), the
+/// status word for FNSTSW, the flags for FCOMI and its kin. The next arguments are the memory operand's low eight bytes and the rest;
+/// for FCMOVcc the first is the flags.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct X87Op(pub u16);
+
+/// What an x87 instruction has to do with memory or the flags.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum X87Operand {
+    /// Nothing.
+    None,
+    /// Loads that many bytes.
+    Load(u8),
+    /// Stores that many bytes.
+    Store(u8),
+    /// FNSTSW AX.
+    Status,
+    /// FCMOVcc: reads CF, ZF, PF.
+    ReadsFlags,
+    /// FCOMI and its kin: write all arithmetic flags.
+    WritesFlags,
+}
+
+impl X87Op {
+    const MEMORY: u16 = 1 << 11;
+    /// FNSTSW AX.
+    pub const STATUS: X87Op = X87Op(0x7e0);
+
+    /// The instruction with an opcode (first byte & 7 << 8 | ModRM); of the memory forms only ModRM's `reg` counts.
+    #[must_use]
+    pub const fn new(opcode: u16, memory: bool) -> Self {
+        Self(opcode & 0x7ff | if memory { Self::MEMORY } else { 0 })
+    }
+    /// Whether it is a memory form.
+    #[must_use]
+    pub const fn memory(self) -> bool {
+        self.0 & Self::MEMORY != 0
+    }
+    /// First byte, 0xd8 … 0xdf.
+    #[must_use]
+    pub const fn first(self) -> u8 {
+        0xd8 | (self.0 >> 8 & 7) as u8
+    }
+    /// The ModRM byte of a register form.
+    #[must_use]
+    pub const fn modrm(self) -> u8 {
+        self.0 as u8
+    }
+    /// Field `reg` of the ModRM byte.
+    #[must_use]
+    pub const fn reg(self) -> u8 {
+        self.0 as u8 >> 3 & 7
+    }
+    /// Its operand; `None` for what is not run this way: control, environments, packed decimals, and what does not exist.
+    #[must_use]
+    pub const fn operand(self) -> Option<X87Operand> {
+        use X87Operand as X;
+        let (first, modrm, reg) = (self.0 >> 8 & 7, self.modrm(), self.reg());
+        if self.memory() {
+            return Some(match (first, reg) {
+                (0 | 2, _) | (1 | 3, 0) => X::Load(4),
+                (1, 2 | 3) | (3, 1..=3) => X::Store(4),
+                (3, 5) => X::Load(10),
+                (3, 7) => X::Store(10),
+                (4, _) | (5, 0) | (7, 5) => X::Load(8),
+                (5, 1..=3) | (7, 7) => X::Store(8),
+                (6, _) | (7, 0) => X::Load(2),
+                (7, 1..=3) => X::Store(2),
+                _ => return None,
+            });
+        }
+        Some(match (first, modrm) {
+            (0 | 4, 0xc0..)
+            | (1, 0xc0..=0xd0 | 0xd8..=0xe1 | 0xe4 | 0xe5 | 0xe8..=0xee | 0xf0..)
+            | (2, 0xe9)
+            | (3, 0xe2)
+            | (5, 0xc0..=0xef)
+            | (6, 0xc0..=0xd7 | 0xd9 | 0xe0..)
+            | (7, 0xc0..=0xdf) => X::None,
+            (2 | 3, 0xc0..=0xdf) => X::ReadsFlags,
+            (3 | 7, 0xe8..=0xf7) => X::WritesFlags,
+            (7, 0xe0) => X::Status,
+            _ => return None,
+        })
+    }
+}
+
 /// The last argument of `Helper::X87`.
 pub mod x87 {
     /// Segment register of the memory operand, encoding order.

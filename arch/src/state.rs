@@ -84,8 +84,8 @@ pub struct CpuState {
     pub mxcsr: u32,
     /// Host address of the table of execution counts, a u64 a block, for code that was compiled to count.
     pub exec_counts: u64,
-    /// Aligns what follows to 32 bytes.
-    pub align: [u64; 2],
+    /// What an x87 instruction has just stored, before it goes to memory. Aligns what follows to 32 bytes.
+    pub x87_operand: [u64; 2],
     /// Vector scratch for operations that are called out to.
     pub scratch: [[u64; 4]; 4],
     /// YMM0 … YMM15; XMM is the low half.
@@ -111,8 +111,9 @@ pub struct CpuState {
     pub fcs: u16,
     /// Last x87 operand selector.
     pub fds: u16,
-    /// Alignment.
-    pub fpad: u32,
+    /// Nonzero: the host's x87 unit has the registers, tags and status word; `fpr`, `ftw` and `fsw` are out of date. Only
+    /// while guest code runs, and only with all exceptions masked. `fcw` is right always.
+    pub x87_live: u32,
     /// ES CS SS DS FS GS LDTR TR.
     pub seg: [Segment; 8],
     /// GDTR base and limit.
@@ -205,6 +206,19 @@ impl Loc {
     pub const FCW: Loc = Loc(offset_of!(CpuState, fcw) as u16);
     pub const FSW: Loc = Loc(offset_of!(CpuState, fsw) as u16);
     pub const FTW: Loc = Loc(offset_of!(CpuState, ftw) as u16);
+    pub const FOP: Loc = Loc(offset_of!(CpuState, fop) as u16);
+    pub const FIP: Loc = Loc(offset_of!(CpuState, fip) as u16);
+    pub const FDP: Loc = Loc(offset_of!(CpuState, fdp) as u16);
+    pub const FCS: Loc = Loc(offset_of!(CpuState, fcs) as u16);
+    pub const FDS: Loc = Loc(offset_of!(CpuState, fds) as u16);
+    pub const X87_OPERAND: Loc = Loc(offset_of!(CpuState, x87_operand) as u16);
+    /// What helpers that are `quiet` may read and write: bytes of the x87 registers, of the status, tag and control word, and
+    /// of the x87 operand.
+    pub const X87: [core::ops::Range<u16>; 3] = [
+        Self::fpr(0).0..Self::fpr(7).0 + 16,
+        Self::FCW.0..Self::FTW.0 + 2,
+        Self::X87_OPERAND.0..Self::X87_OPERAND.0 + 16,
+    ];
     pub const CR0: Loc = Loc(offset_of!(CpuState, cr0) as u16);
     pub const PKRU: Loc = Loc(offset_of!(CpuState, pkru) as u16);
     /// The first of the evaluator's temporaries.
@@ -276,7 +290,7 @@ impl CpuState {
             tb_flags: 0,
             mxcsr: 0x1f80,
             exec_counts: 0,
-            align: [0; 2],
+            x87_operand: [0; 2],
             scratch: [[0; 4]; 4],
             vec: [[0; 4]; 16],
             fpr: [[0; 2]; 8],
@@ -289,7 +303,7 @@ impl CpuState {
             fdp: 0,
             fcs: 0,
             fds: 0,
-            fpad: 0,
+            x87_live: 0,
             seg: [Segment::default(); 8],
             gdtr: Table::default(),
             idtr: Table::default(),

@@ -70,6 +70,8 @@ impl TbFlags {
     pub const WIDE_LINEAR: u32 = 1 << 29;
     /// IA-32e mode is active (64-bit and compatibility mode).
     pub const LONG: u32 = 1 << 30;
+    /// All x87 exceptions are masked, none is pending, and the host has an x87 unit: instructions run on it directly.
+    pub const X87_HOST: u32 = 1 << 31;
 
     /// The code size.
     #[must_use]

@@ -22,6 +22,7 @@ use crate::abi::{AccessKind, MemInfo};
 use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Probe};
 use crate::layout;
 use crate::lower::{Lowered, raise_word};
+use crate::native::Native;
 use crate::thunk::Thunk;
 
 /// What a relocation refers to.
@@ -32,6 +33,8 @@ pub(crate) enum Target {
     Slot(u32),
     /// Index in `Lowered::probes`.
     Probe(u32),
+    /// An op that is the host's own.
+    Native(Native),
 }
 
 /// What Cranelift emitted.
@@ -73,6 +76,8 @@ enum Stub {
     Miss(MemInfo, u32, u16),
     /// A probe as a subroutine.
     Routine(MemInfo),
+    /// A native op as a subroutine.
+    Native(Native),
 }
 
 struct Assembler<'a> {
@@ -138,7 +143,7 @@ pub(crate) fn assemble(
                     }
                 } else {
                     a.out.extend(code.get(from..at - 1).ok_or(CompileError::Malformed)?);
-                    a.call(target, insn, lowered, !fixed && probe == Probe::Inline)?;
+                    a.call(target, insn, lowered, fixed, !fixed && probe == Probe::Inline)?;
                 }
                 from = at + 4;
             }
@@ -169,6 +174,17 @@ pub(crate) fn assemble(
         first_slot: 0,
         sites: Vec::new(),
     })
+}
+
+/// Code in the five bytes of a call, if it fits.
+pub(crate) fn in_place(code: &[u8]) -> Option<[u8; 5]> {
+    const NOPS: [&[u8]; 6] =
+        [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00], &[0x0f, 0x1f, 0x40, 0], &[0x0f, 0x1f, 0x44, 0, 0]];
+    let nop = NOPS[5usize.checked_sub(code.len())?];
+    let mut out = [0; 5];
+    out[..code.len()].copy_from_slice(code);
+    out[code.len()..].copy_from_slice(nop);
+    Some(out)
 }
 
 fn is_jump(code: &[u8], displacement: u32) -> bool {
@@ -309,13 +325,33 @@ impl Assembler<'_> {
         start
     }
 
-    fn call(&mut self, target: Target, insn: u16, lowered: &Lowered, inline: bool) -> Result<(), CompileError> {
+    fn call(
+        &mut self,
+        target: Target,
+        insn: u16,
+        lowered: &Lowered,
+        lowered_fixed: bool,
+        inline: bool,
+    ) -> Result<(), CompileError> {
         let probe = match target {
             Target::Thunk(t) => {
                 self.call_thunk(t, insn);
                 return Ok(());
             }
             Target::Slot(_) => return Err(CompileError::Malformed),
+            Target::Native(native) => {
+                let code = native.bytes();
+                if !lowered_fixed {
+                    self.emit(&code);
+                } else if let Some(code) = in_place(&code) {
+                    self.emit(&code);
+                } else {
+                    let routine = self.stub(Stub::Native(native));
+                    self.emit(&[0xe8]);
+                    self.displacement(routine);
+                }
+                return Ok(());
+            }
             Target::Probe(n) => *lowered.probes.get(n as usize).ok_or(CompileError::Malformed)?,
         };
         if inline {
@@ -410,7 +446,7 @@ impl Assembler<'_> {
                 }
                 Place::Thunk(t)
             }
-            Target::Probe(_) => Place::Stub(0),
+            Target::Probe(_) | Target::Native(_) => Place::Stub(0),
         };
         self.jump(JMP, place);
     }
@@ -432,10 +468,10 @@ impl Assembler<'_> {
         self.imm32(layout::JC_MASK as u32);
         self.emit(&[0xc1, 0xe0, 5, 0x48, 0x03, 0x85]);
         self.imm32(layout::JUMP_CACHE as u32);
-        // cmp [rax + rip], rsi; jne; cmp qword [rax + flags], flags; jne
+        // cmp [rax + rip], rsi; jne; cmp dword [rax + flags], flags; jne
         self.emit(&[0x48, 0x39, 0x70, layout::JC_RIP as u8]);
         self.jump(JNE, miss);
-        self.emit(&[0x48, 0x81, 0x78, layout::JC_FLAGS as u8]);
+        self.emit(&[0x81, 0x78, layout::JC_FLAGS as u8]);
         self.imm32(self.block.flags.0);
         self.jump(JNE, miss);
         // mov rcx, [rax + rip_base]; mov [rbp + rip_base], rcx; jmp [rax + code]
@@ -495,6 +531,10 @@ impl Assembler<'_> {
                 self.land(miss);
                 let thunk = self.slow(info);
                 self.jump(JMP, Place::Thunk(thunk));
+            }
+            Stub::Native(native) => {
+                self.emit(&native.bytes());
+                self.emit(&[0xc3]);
             }
             Stub::Exit(side) => {
                 if self.framed {

@@ -18,6 +18,7 @@ use twofold_ir::Block;
 use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
 use crate::lower::{self, Buffers};
+use crate::native::Native;
 use crate::thunk::Thunk;
 
 /// How a memory access finds its host address.
@@ -244,6 +245,7 @@ pub(crate) fn emitted(
         let target = match name.namespace {
             lower::NAME_THUNK => Target::Thunk(Thunk::from_index(name.index as usize)),
             lower::NAME_SLOT => Target::Slot(name.index),
+            lower::NAME_NATIVE => Target::Native(Native(name.index)),
             _ => Target::Probe(name.index),
         };
         let i = locations.partition_point(|l| l.end <= reloc.offset);

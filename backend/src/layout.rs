@@ -6,6 +6,7 @@ use core::mem::offset_of;
 
 use twofold_arch::CpuState;
 use twofold_arch::state::{FaultRecord, TlbView};
+use twofold_ir::Helper;
 use twofold_mmu::{JUMP_CACHE_ENTRIES, JumpCacheEntry, TlbEntry, jump_index};
 
 use crate::abi::HelperTable;
@@ -66,6 +67,7 @@ pub const HOST_RET: usize = offset_of!(CpuState, host_ret);
 pub const MEM_RESULT: usize = offset_of!(CpuState, mem_result);
 pub const EXEC_COUNTS: usize = offset_of!(CpuState, exec_counts);
 pub const HELPERS: usize = offset_of!(CpuState, helpers);
+pub const X87_LIVE: usize = offset_of!(CpuState, x87_live);
 pub const FAULT_PENDING: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, pending);
 pub const FAULT_VECTOR: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, vector);
 pub const FAULT_ERROR: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, error);
@@ -79,3 +81,4 @@ pub const FN_COND: usize = offset_of!(HelperTable, cond);
 pub const FN_FLAGS: usize = offset_of!(HelperTable, flags);
 pub const FN_VEC: usize = offset_of!(HelperTable, vec);
 pub const FN_HELPERS: usize = offset_of!(HelperTable, helpers);
+pub const FN_X87_READY: usize = FN_HELPERS + Helper::X87Ready as usize * 8;

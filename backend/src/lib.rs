@@ -15,6 +15,7 @@ mod compiler;
 mod disasm;
 mod layout;
 mod lower;
+mod native;
 pub mod perf;
 mod region;
 mod thunk;

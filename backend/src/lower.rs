@@ -26,11 +26,13 @@ use cranelift_codegen::ir::{
 };
 use cranelift_codegen::isa::CallConv;
 use twofold_arch::CodeSize;
-use twofold_ir::{Block, Op, SideExit, Ty, Value};
+use twofold_arch::fpu::X87Op;
+use twofold_ir::{Block, Helper, Op, SideExit, Ty, Value};
 
 use crate::abi::MemInfo;
 use crate::compiler::CompileError;
 use crate::layout;
+use crate::native::Native;
 use crate::thunk::Thunk;
 
 /// Name space of external functions that are thunks; the index is the thunk's.
@@ -39,6 +41,8 @@ pub(crate) const NAME_THUNK: u32 = 0;
 pub(crate) const NAME_SLOT: u32 = 1;
 /// Name space of external functions that are guest memory accesses; the index counts them.
 pub(crate) const NAME_PROBE: u32 = 2;
+/// Name space of external functions that are ops of the host; the index is [`crate::native::Native`]'s.
+pub(crate) const NAME_NATIVE: u32 = 3;
 
 /// A source location is the index of the guest instruction and, above this bit, for the trap that stands for a side exit,
 /// the number of that exit in [`Lowered::exits`] plus 1.
@@ -339,6 +343,17 @@ impl Lowering<'_> {
             Op::Rmw { op, ty, addr, v } => self.rmw(i, op, ty, addr, v)?,
             Op::CmpXchg { ty, addr, expected, new } => self.cmpxchg(i, ty, addr, expected, new)?,
             Op::Vec { op, imm, a, b, c } => self.vec(i, op, imm, [a, b, c])?,
+            Op::Call { helper: Helper::X87Ready, .. } => {
+                self.call(Thunk::x87_ready(self.full), Shape::call(1, 1), &[]);
+            }
+            Op::Call { helper: Helper::X87Do, args }
+                if let Op::Const { imm, .. } = *self.block.op(args[0])
+                    && let Some(native) = Native::x87(X87Op(imm as u16)) =>
+            {
+                let (lo, hi) = (self.get(args[1])?, self.get(args[2])?);
+                let v = self.call_named(NAME_NATIVE, native.0, Shape::call(3, 1), &[lo, hi])[0];
+                self.set(i, v);
+            }
             Op::Call { helper, args } => {
                 let n = args.iter().take_while(|&&a| a != Value::NONE).count();
                 let mut values = [self.const64((layout::FN_HELPERS + helper as usize * 8) as u64); 5];

@@ -3,6 +3,7 @@
 //! Place in the pipeline: `lower::region` makes the CLIF, Cranelift optimises; what comes out is installed like a block's code
 //! and entered like it, at its first block. Unlike the quick tier's, the code is left as Cranelift wrote it.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cranelift_codegen::Context;
@@ -10,7 +11,7 @@ use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::isa::OwnedTargetIsa;
 use twofold_ir::Block;
 
-use crate::assemble::Target;
+use crate::assemble::{Target, in_place};
 use crate::code::MAX_TB_BYTES;
 use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Options, emitted, host_isa, verify};
 use crate::lower::{Buffers, LoweredRegion, lower_region};
@@ -133,6 +134,7 @@ fn place(
     out.extend(ENTRY);
     out.extend(code);
     let (mut calls, mut slots, mut returns) = (Vec::new(), Vec::new(), Vec::new());
+    let mut routines = HashMap::new();
     for &(at, target, site) in relocs {
         let opcode = (at as usize).checked_sub(1).and_then(|i| code.get(i));
         let at = at + HEADER as u32;
@@ -147,6 +149,23 @@ fn place(
                 let off = *lowered.slots.get(n as usize).ok_or(CompileError::Malformed)?;
                 let page = lowered.slot_pages.get(n as usize).copied().unwrap_or_default();
                 slots.push(CompiledSlot { at, off, page });
+            }
+            Target::Native(native) => {
+                let call = at as usize - 1;
+                let code = native.bytes();
+                match in_place(&code) {
+                    Some(code) => out[call..call + 5].copy_from_slice(&code),
+                    None => {
+                        let routine = *routines.entry(native).or_insert_with(|| {
+                            let start = out.len() as u32;
+                            out.extend(&code);
+                            out.push(0xc3);
+                            start
+                        });
+                        let d = routine.wrapping_sub(at + 4);
+                        out[call + 1..call + 5].copy_from_slice(&d.to_le_bytes());
+                    }
+                }
             }
             Target::Probe(_) => return Err(CompileError::Malformed),
         }

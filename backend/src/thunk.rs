@@ -14,7 +14,7 @@ pub(crate) struct Thunk(u16);
 
 /// Log2 sizes × {load, store} of one (mode, stack, full) group of probing thunks.
 const PROBES_PER_GROUP: u16 = 10;
-const FIRST_PROBE: u16 = 35;
+const FIRST_PROBE: u16 = 37;
 pub(crate) const FIRST_VEC: u16 = FIRST_PROBE + 3 * 2 * 2 * PROBES_PER_GROUP;
 
 impl Thunk {
@@ -74,6 +74,10 @@ impl Thunk {
     /// What the exit stub of a slot calls whose target may only be reached through the jump cache.
     pub const fn slot_far(size: CodeSize) -> Self {
         Self::sized(32, size)
+    }
+    /// Brings the x87 registers into the host's unit, if they are not there.
+    pub const fn x87_ready(full: bool) -> Self {
+        Self(35 + full as u16)
     }
     /// Probe and access; RSI: address, RDX or XMM0: what to store; the result in RAX or XMM0. RAX, RDX and for a store RCX
     /// are clobbered. `None` for accesses that no thunk does.
@@ -141,6 +145,8 @@ impl Thunk {
             "slot_far16",
             "slot_far32",
             "slot_far64",
+            "x87_ready",
+            "x87_ready_full",
         ];
         let i = self.0;
         if let Some(name) = FIXED.get(i as usize) {

@@ -369,6 +369,19 @@ global_asm!(
     "tf_rip \\size, rsi, esi, si",
     "tf_jump_cache",
     ".endr",
+    // 35: x87 ready.
+    ".irp full, 0, 1",
+    "tf_thunk",
+    "cmp dword ptr [rdi + {x87_live}], 0",
+    "je 772f",
+    "ret",
+    "772:",
+    "tf_save \\full",
+    "mov rax, [rdi + {helpers}]",
+    "call [rax + {fn_x87_ready}]",
+    "tf_restore \\full",
+    "ret",
+    ".endr",
     // The end of every access or helper that faulted. RDI is the state.
     ".p2align 4, 0xcc",
     "twofold_fault_exit:",
@@ -376,7 +389,7 @@ global_asm!(
     "mov eax, {r_fault}",
     "ret",
     //
-    // 35: probe and access, by mode, stack flag, full, and size.
+    // 37: probe and access, by mode, stack flag, full, and size.
     ".macro tf_entry mode",
     "mov rax, rsi",
     "shr rax, {tlb_shift}",
@@ -483,6 +496,8 @@ global_asm!(
     fn_cond = const layout::FN_COND,
     fn_flags = const layout::FN_FLAGS,
     fn_vec = const layout::FN_VEC,
+    x87_live = const layout::X87_LIVE,
+    fn_x87_ready = const layout::FN_X87_READY,
     load_kind = const LOAD_KIND,
     store_kind = const STORE_KIND,
     r_budget = const reason::BUDGET,

@@ -10,11 +10,11 @@
 use iced_x86::{Code, Mnemonic, Register};
 use twofold_arch::cpuid::Feature;
 use twofold_arch::fpu::fsw;
-use twofold_arch::{Exception, Loc, Vector};
+use twofold_arch::{Exception, Loc, TbFlags, Vector};
 use twofold_ir::{BinOp, IntCc, MemFlags, Ty, Value, VecOp};
 
 use crate::table::{Need, Row};
-use crate::translator::{Translator, gpr};
+use crate::translator::{Translator, X87Place, gpr};
 
 /// `Feature shape: Code = Op…;`
 macro_rules! forms {
@@ -90,8 +90,12 @@ fn number(r: Register) -> u8 {
 }
 
 impl Translator<'_> {
-    /// #MF when an x87 exception is pending.
+    /// #MF when an x87 exception is pending; the registers are in the state then.
     fn check_x87_pending(&mut self) {
+        self.want_x87(X87Place::State);
+        if self.flags.has(TbFlags::X87_HOST) {
+            return;
+        }
         let w = self.b.get(Ty::I16, Loc::FSW);
         let es = self.b.bin_imm(BinOp::And, w, u64::from(fsw::ES));
         let pending = self.b.cmp_imm(IntCc::Ne, es, 0);

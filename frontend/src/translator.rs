@@ -52,6 +52,17 @@ pub struct Translator<'a> {
     /// Index of the current instruction in `bytes`.
     start: usize,
     end: Option<(Exit, bool)>,
+    /// Where the x87 registers are here, if that is known.
+    pub(crate) x87: Option<X87Place>,
+}
+
+/// Where the x87 registers are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum X87Place {
+    /// In the host's x87 unit.
+    Host,
+    /// In the guest state.
+    State,
 }
 
 impl<'a> Translator<'a> {
@@ -69,6 +80,7 @@ impl<'a> Translator<'a> {
             bytes,
             start: 0,
             end: None,
+            x87: None,
         }
     }
 
@@ -123,11 +135,24 @@ impl<'a> Translator<'a> {
     }
     /// Calls a helper; narrower arguments are zero-extended.
     pub fn call(&mut self, helper: Helper, args: &[Value]) -> Value {
+        if !helper.info().keeps_state() {
+            self.x87 = None;
+        }
         let mut wide = [Value::NONE; 4];
         for (w, &a) in wide.iter_mut().zip(args) {
             *w = self.b.zext(Ty::I64, a);
         }
         self.b.call(helper, &wide[..args.len().min(4)])
+    }
+
+    /// Brings the x87 registers to where they are wanted: to the host's unit only under `X87_HOST`.
+    pub(crate) fn want_x87(&mut self, place: X87Place) {
+        let known = if self.flags.has(TbFlags::X87_HOST) { self.x87 } else { Some(X87Place::State) };
+        if known != Some(place) {
+            let helper = if place == X87Place::Host { Helper::X87Ready } else { Helper::X87Park };
+            self.call(helper, &[]);
+            self.x87 = Some(place);
+        }
     }
 
     // ---- registers -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 //! What a block may call out to: the runtime's helpers, with the attributes passes and back end need.
 //!
 //! A helper gets up to four I64 arguments and makes one I64. One that `faults` may set `state.fault`; whoever called it
-//! then abandons the guest instruction. One that is `pure` looks at its arguments only. All others may read and write any
-//! field of the guest state, so values read before the call are read again after it.
+//! then abandons the guest instruction. One that is `pure` looks at its arguments only, one that is `quiet` at x87 state too. All
+//! others may read and write any field of the guest state, so values read before the call are read again after it.
 
 /// Attributes of a helper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,16 @@ pub struct HelperInfo {
     pub faults: bool,
     /// Whether its result depends on its arguments alone and it changes nothing.
     pub pure: bool,
+    /// Whether it reads and changes nothing of the guest state but [`twofold_arch::Loc::X87`], and never faults.
+    pub quiet: bool,
+}
+
+impl HelperInfo {
+    /// Whether fields outside [`twofold_arch::Loc::X87`] are out of its reach.
+    #[must_use]
+    pub const fn keeps_state(&self) -> bool {
+        self.pure || self.quiet
+    }
 }
 
 macro_rules! helpers {
@@ -30,7 +40,7 @@ macro_rules! helpers {
             const INFO: &'static [HelperInfo] = &[$(
                 {
                     #[allow(unused_mut)]
-                    let mut info = HelperInfo { name: $name, args: $args, faults: false, pure: false };
+                    let mut info = HelperInfo { name: $name, args: $args, faults: false, pure: false, quiet: false };
                     $(info.$attr = true;)*
                     info
                 }
@@ -204,6 +214,14 @@ helpers! {
     // ---- floating point state -----------------------------------------------------------------------------------------
     /// (opcode: first byte & 7 << 8 | ModRM, linear address of a memory operand, RIP of the instruction, selectors and prefixes): any x87 instruction. The I64 is what FNSTSW AX and the like return.
     X87 "x87" (4) faults;
+    /// Brings the x87 registers into the host's unit. Under `X87_HOST` only.
+    X87Ready "x87_ready" (0) quiet;
+    /// (instruction, see `arch::fpu::X87Op`, operand, its bytes from 8 on): one instruction on the host's unit, after `X87Ready`.
+    X87Do "x87_do" (3) quiet;
+    /// Brings the x87 registers back into the guest state.
+    X87Park "x87_park" (0) quiet;
+    /// (value): FLDCW; whether the key changes. Under `X87_HOST` only.
+    X87LoadControl "x87_load_control" (1);
     /// (linear address, form, see `frontend`): FXSAVE, XSAVE, XSAVEC, XSAVEOPT, XSAVES.
     SaveState "save_state" (2) faults;
     /// (linear address, form): FXRSTOR, XRSTOR, XRSTORS.

@@ -206,7 +206,7 @@ impl Fuzzer {
         let masked = masked(&s);
         self.report.encodings += 1;
         let mut mem: Vec<u8> = (0..SCRATCH_LEN).map(|_| self.rng.next() as u8).collect();
-        let mut like: Option<(u32, crate::machine::Ready)> = None;
+        let mut like: Option<((u32, bool), crate::machine::Ready)> = None;
         let (mut native_mem, mut our_mem) = (mem.clone(), mem.clone());
         for i in 0..RUNS {
             let mut input = Regs::new();
@@ -222,7 +222,8 @@ impl Fuzzer {
             self.report.native += 1;
             *self.report.runs.entry(format!("{:?}", s.code)).or_default() += 1;
             // Whether exceptions are unmasked shapes the translation.
-            let masks = input.mxcsr() & 0x1f80;
+            let x87_host = input.fcw() & 0x3f == 0x3f && input.fsw() & 0x80 == 0;
+            let masks = (input.mxcsr() & 0x1f80, x87_host);
             if like.as_ref().is_none_or(|(m, _)| *m != masks) {
                 like = Some((masks, self.machine.prepare(&form.bytes, &input)));
             }

@@ -21,7 +21,7 @@ use twofold_runtime::cpu::cpuid::CpuModel;
 use twofold_runtime::cpu::{self, ColdState, mode};
 use twofold_runtime::exec::Jit;
 use twofold_runtime::exec::env::Env;
-use twofold_runtime::fpu::mxcsr;
+use twofold_runtime::fpu;
 use twofold_runtime::platform::{Clock, Platform, Setup};
 use twofold_runtime::{Shared, Trap, Vcpu};
 
@@ -146,6 +146,7 @@ impl Machine {
     /// The key that blocks run under with these registers.
     fn key(&mut self, regs: &Regs) -> TbFlags {
         self.vcpu.state.mxcsr = regs.mxcsr();
+        (self.vcpu.state.fcw, self.vcpu.state.fsw) = (regs.fcw(), regs.fsw());
         self.vcpu.state.rflags_sys = rflags::IF;
         mode::tb_flags(&self.vcpu.state)
     }
@@ -193,12 +194,12 @@ impl Machine {
         v.state.budget = 1000;
         v.state.attention.store(0, std::sync::atomic::Ordering::Relaxed);
         v.state.fault = Default::default();
-        mxcsr::enter(&v.state);
+        fpu::enter(&v.state);
         let left = match (tier, &ready.code) {
             (Tier::Quick, Some(code)) => quick(v, code.entry),
             _ => eval(v, &ready.program),
         };
-        mxcsr::leave(&mut v.state);
+        fpu::leave(&mut v.state);
         regs.take_state(&v.state);
         (regs.taken, regs.raised) = (0, None);
         let outcome = match left {

@@ -128,6 +128,10 @@ impl Regs {
         u16::from_le_bytes([self.fx[2], self.fx[3]])
     }
     /// Sets the control word.
+    pub fn fcw(&self) -> u16 {
+        u16::from_le_bytes([self.fx[0], self.fx[1]])
+    }
+    /// Sets the x87 control word.
     pub fn set_fcw(&mut self, v: u16) {
         self.fx[0..2].copy_from_slice(&v.to_le_bytes());
     }
@@ -1004,6 +1008,9 @@ pub fn run_block(block: &Block, len: usize, regs: &mut Regs, env: &mut TestEnv, 
     let left = run(block, env);
     let after = twofold_ir::vecop::host_mxcsr();
     twofold_ir::vecop::set_host_mxcsr(host);
+    if env.state.x87_live != 0 {
+        (env.helpers)(env, twofold_ir::Helper::X87Park, [0; 4]);
+    }
     env.state.mxcsr = env.state.mxcsr & !0x3f | (env.state.mxcsr | after) & 0x3f;
     regs.take_state(&env.state);
     regs.taken = 0;

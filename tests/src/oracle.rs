@@ -2,6 +2,7 @@
 //! values that matter, and running a list of forms.
 
 use twofold_arch::control::{cr0, cr4};
+use twofold_arch::fpu::X87Op;
 use twofold_arch::segment::attr;
 use twofold_arch::{CpuState, Segment, TbFlags};
 use twofold_ir::Helper;
@@ -76,6 +77,16 @@ pub fn helpers_of<const KEY: u32>(env: &mut TestEnv, helper: Helper, a: [u64; 4]
     env.state.seg[..4].fill(Segment { base: 0, limit: u32::MAX, attr, ..Segment::default() });
     let r = match helper {
         Helper::X87 => fpu::x87(env, a[0], a[1], a[2], a[3]),
+        Helper::X87Ready => {
+            fpu::host::load(&mut env.state);
+            Ok(0)
+        }
+        Helper::X87Do => Ok(fpu::host::execute(&mut env.state, X87Op(a[0] as u16), a[1], a[2])),
+        Helper::X87Park => {
+            fpu::host::park(&mut env.state);
+            Ok(0)
+        }
+        Helper::X87LoadControl => Ok(fpu::x87_load_control(env, a[0])),
         Helper::SaveState => fpu::save_state(env, a[0], a[1]),
         Helper::RestoreState => fpu::restore_state(env, a[0], a[1]),
         Helper::Ldmxcsr => fpu::ldmxcsr(env, a[0]),

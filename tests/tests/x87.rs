@@ -2,8 +2,13 @@
 #![cfg(target_arch = "x86_64")]
 #![allow(missing_docs)]
 
+use twofold_arch::TbFlags;
 use twofold_tests::native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
 use twofold_tests::oracle::{USER32, USER64, float32, float64, helpers, helpers_of, run_forms};
+
+/// Keys under which instructions run on the host's unit directly.
+const HOST64: TbFlags = TbFlags(USER64.0 | TbFlags::X87_HOST);
+const HOST32: TbFlags = TbFlags(USER32.0 | TbFlags::X87_HOST);
 
 /// An 80-bit value: the edges of the format, or random near 1.
 fn extended(rng: &mut Rng) -> [u8; 10] {
@@ -90,8 +95,19 @@ fn form(bytes: &[u8]) -> Form {
     f
 }
 
-#[test]
-fn register_forms() {
+/// With all exceptions masked.
+fn masked(mut forms: Vec<Form>) -> Vec<Form> {
+    for f in &mut forms {
+        f.prepare = Box::new(|r, rng| {
+            randomize(r, rng);
+            r.set_fcw(r.fcw() | 0x3f);
+            r.set_fsw(r.fsw() & !0x8080);
+        });
+    }
+    forms
+}
+
+fn register() -> Vec<Form> {
     let mut forms = Vec::new();
     for first in 0xd8..=0xdfu8 {
         for modrm in 0xc0..=0xffu8 {
@@ -99,7 +115,17 @@ fn register_forms() {
         }
     }
     forms.push(form(&[0x9b]));
-    run_forms("x87 register forms", &forms, USER64, 400);
+    forms
+}
+
+#[test]
+fn register_forms() {
+    run_forms("x87 register forms", &register(), USER64, 400);
+}
+
+#[test]
+fn masked_register_forms() {
+    run_forms("x87 register forms, masked", &masked(register()), HOST64, 400);
 }
 
 fn at_rbx() -> Vec<Form> {
@@ -122,11 +148,25 @@ fn memory_forms() {
 }
 
 #[test]
-fn memory_forms_in_32_bit_code() {
+fn masked_memory_forms() {
+    run_forms("x87 memory forms, masked", &masked(at_rbx()), HOST64, 600);
+}
+
+fn at_rbx32() -> Vec<Form> {
     let mut forms = at_rbx();
     for f in &mut forms {
         f.mode = Mode::Bits32;
         f.helpers = helpers_of::<{ USER32.0 }>;
     }
-    run_forms("x87 memory forms in 32-bit code", &forms, USER32, 200);
+    forms
+}
+
+#[test]
+fn memory_forms_in_32_bit_code() {
+    run_forms("x87 memory forms in 32-bit code", &at_rbx32(), USER32, 200);
+}
+
+#[test]
+fn masked_memory_forms_in_32_bit_code() {
+    run_forms("x87 memory forms in 32-bit code, masked", &masked(at_rbx32()), HOST32, 200);
 }

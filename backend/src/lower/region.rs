@@ -126,7 +126,7 @@ fn exits(b: &Block) -> impl Iterator<Item = (&Exit, u16)> {
 
 /// Whether an op may change any of the guest state.
 fn impure(op: &Op) -> bool {
-    matches!(op, Op::Call { helper, .. } if !helper.info().pure)
+    matches!(op, Op::Call { helper, .. } if !helper.info().keeps_state())
 }
 
 fn dirty_after(slots: &Slots, op: &Op, dirty: u64) -> u64 {

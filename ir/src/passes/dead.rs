@@ -184,6 +184,12 @@ pub(super) fn run(block: &mut Block, options: &Options<'_>, s: &mut Scratch) {
                 }
                 s.exit(side.is_some_and(|e| dead_at(&e)));
             }
+            Op::Call { helper, .. } if helper.info().quiet => {
+                for byte in Loc::X87.into_iter().flatten() {
+                    let w = usize::from(byte / 8);
+                    s.set_over(w, s.over(w) & !(1 << (byte % 8)));
+                }
+            }
             Op::Call { helper, .. } if !helper.info().pure => s.barrier(),
             _ if op.can_fault() => s.barrier(),
             _ => {}

@@ -107,7 +107,9 @@ impl Forward<'_> {
             }
             Op::Call { helper, .. } => {
                 let v = self.push(op);
-                if !helper.info().pure {
+                if helper.info().quiet {
+                    Loc::X87.into_iter().for_each(|range| self.known.forget(range));
+                } else if !helper.info().pure {
                     self.known.clear();
                 }
                 v

@@ -111,7 +111,7 @@ pub fn place_of(exit: &Exit) -> Option<i32> {
 fn follower<T>(all: &[Option<(Block, Vec<T>)>], a: &Block) -> Option<usize> {
     let place = place_of(a.end.as_ref()?)?;
     // What a helper does may end the region; that is looked at between blocks.
-    let impure = |op: &Op| matches!(op, Op::Call { helper, .. } if !helper.info().pure);
+    let impure = |op: &Op| matches!(op, Op::Call { helper, .. } if !helper.info().keeps_state());
     if usize::from(a.retired) != a.insns.len() || a.place() == place || a.ops.iter().any(impure) {
         return None;
     }

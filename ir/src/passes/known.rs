@@ -49,6 +49,12 @@ impl Known {
         self.epoch += 1;
     }
 
+    /// Forgets the words of a range of bytes.
+    pub fn forget(&mut self, range: core::ops::Range<u16>) {
+        let words = usize::from(range.start / 8)..usize::from(range.end.div_ceil(8)).min(WORDS);
+        self.words.get_mut(words).into_iter().flatten().for_each(|e| e.0 = 0);
+    }
+
     fn word(&self, w: usize) -> Option<Held> {
         self.words.get(w).filter(|e| e.0 == self.epoch).map(|e| e.1)
     }

@@ -39,7 +39,7 @@ pub fn overwrites_flags(block: &Block) -> bool {
                 return false;
             }
             Op::Cond { .. } | Op::Flags | Op::ExitIf { .. } => return false,
-            Op::Call { helper, .. } if !helper.info().pure => return false,
+            Op::Call { helper, .. } if !helper.info().keeps_state() => return false,
             _ if op.can_fault() => return false,
             _ => {}
         }

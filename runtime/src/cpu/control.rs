@@ -248,6 +248,7 @@ pub fn clts(v: &mut Vcpu) -> Helped {
 
 /// XGETBV: XCR0, or with ECX = 1 the components in use.
 pub fn xgetbv(v: &mut Vcpu) -> Helped {
+    crate::fpu::host::park(&mut v.state);
     let s = &v.state;
     if s.cr4 & cr4::OSXSAVE == 0 {
         return Err(UD);
@@ -400,6 +401,7 @@ pub fn reset(v: &mut Vcpu) {
     };
     (s.shadow, s.nmi_blocked, s.halted) = (0, 0, 0);
     s.pdpte = [0; 4];
+    crate::fpu::host::park(s);
     (s.mxcsr, s.fcw, s.fsw, s.ftw) = (0x1f80, 0x40, 0, 0);
     s.vec = [[0; 4]; 16];
     s.fpr = [[0; 2]; 8];

@@ -109,7 +109,7 @@ cpuid_bits! {
     Bmi2 "bmi2" 7 0 B 8 [Bmi2] max;
     Erms "erms" 7 0 B 9 max;
     Invpcid "invpcid" 7 0 B 10 [Invpcid] max;
-    ZeroFcsFds "zero-fcs-fds" 7 0 B 13 max;
+    ZeroFcsFds "zero-fcs-fds" 7 0 B 13 [ZeroFcsFds] max;
     Rdseed "rdseed" 7 0 B 18 [Rdseed] max;
     Adx "adx" 7 0 B 19 [Adx] max;
     Smap "smap" 7 0 B 20 [Smap] max;

@@ -4,6 +4,7 @@
 //! [`refresh_space`] runs when a control register that paging depends on changed.
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
+use twofold_arch::fpu::{fcw, fsw};
 use twofold_arch::segment::attr;
 use twofold_arch::{CpuState, Segment, TbFlags};
 
@@ -124,6 +125,8 @@ pub fn tb_flags(s: &CpuState) -> TbFlags {
     f |= bit(s.cr0 & cr0::EM != 0, TbFlags::MMX_UD);
     f |= bit(s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & 6 == 6, TbFlags::AVX);
     f |= bit(s.mxcsr & 0x1f80 != 0x1f80, TbFlags::SSE_UNMASKED);
+    let masked = s.fcw & fcw::MASKS == fcw::MASKS && s.fsw & fsw::ES == 0;
+    f |= bit(masked && cfg!(target_arch = "x86_64"), TbFlags::X87_HOST);
     TbFlags(f)
 }
 

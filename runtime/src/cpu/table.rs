@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // thunks make a `&mut Vcpu` of the address in the state they are called with
 
 use twofold_arch::CpuState;
+use twofold_arch::fpu::X87Op;
 use twofold_backend::HelperFn;
 use twofold_ir::Helper;
 
@@ -106,6 +107,16 @@ table! { v, a, b, c, d;
     Vmx => crate::vmx::instructions::vmx(v, a, b, c, d),
     Rsm => Err(segments::UD),
     X87 => fpu::x87(v, a, b, c, d),
+    X87Ready => {
+        fpu::host::load(&mut v.state);
+        Ok(0)
+    },
+    X87Do => Ok(fpu::host::execute(&mut v.state, X87Op(a as u16), b, c)),
+    X87Park => {
+        fpu::host::park(&mut v.state);
+        Ok(0)
+    },
+    X87LoadControl => Ok(fpu::x87_load_control(v, a)),
     SaveState => fpu::save_state(v, a, b),
     RestoreState => fpu::restore_state(v, a, b),
     Ldmxcsr => fpu::ldmxcsr(v, a),

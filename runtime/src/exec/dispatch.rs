@@ -20,7 +20,7 @@ use super::env::Env;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, DebugItem, StopReason};
 use crate::cpu::{debug, interrupt, mode};
-use crate::fpu::mxcsr;
+use crate::fpu;
 use crate::platform::{Outcome, signal};
 use crate::vcpu::{Shutdown, Trap, Vcpu};
 use crate::vmx;
@@ -70,9 +70,9 @@ enum Next {
 
 /// Runs `vcpu` until something ends the run.
 pub fn run(vcpu: &mut Vcpu, control: &Control) -> RunEnd {
-    mxcsr::enter(&vcpu.state);
+    fpu::enter(&vcpu.state);
     let end = run_loop(vcpu, control);
-    mxcsr::leave(&mut vcpu.state);
+    fpu::leave(&mut vcpu.state);
     end
 }
 

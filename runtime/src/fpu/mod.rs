@@ -12,7 +12,7 @@ pub mod vector;
 pub mod x87;
 
 use twofold_arch::control::{cr0, cr4, rflags};
-use twofold_arch::fpu::{area as form, fsw, mxcsr as mx, x87 as word};
+use twofold_arch::fpu::{area as form, fcw, fsw, mxcsr as mx, x87 as word};
 use twofold_arch::{CpuState, Exception, LinearAddr, TbFlags, Vector};
 
 use crate::cpu::cpuid::Bit;
@@ -77,6 +77,7 @@ const SS: u64 = 2;
 /// # Errors
 /// #MF for a pending exception, and what the memory operand raises.
 pub fn x87(v: &mut impl Guest, opcode: u64, la: u64, rip: u64, how: u64) -> Helped {
+    host::park(v.state());
     let memory = how & word::MEMORY != 0;
     let Some(insn) = x87::decode(opcode as u16, memory) else { return fault(Exception::UD) };
     if insn.waits && v.state().fsw & fsw::ES != 0 && v.state().cr0 & cr0::NE != 0 {
@@ -131,6 +132,31 @@ pub fn x87(v: &mut impl Guest, opcode: u64, la: u64, rip: u64, how: u64) -> Help
         }
     }
     Ok(v.state().fsw.into())
+}
+
+/// `Helper::X87LoadControl`: FLDCW. 1 when an exception is unmasked now.
+pub fn x87_load_control(v: &mut impl Guest, value: u64) -> u64 {
+    let value = value as u16;
+    let masked = value & fcw::MASKS == fcw::MASKS;
+    if masked && v.state().x87_live != 0 {
+        v.state().fcw = value & fcw::DEFINED | fcw::FIXED1;
+        host::set_control(v.state().fcw);
+        return 0;
+    }
+    host::park(v.state());
+    x87::load_control(v.state(), value);
+    (!masked).into()
+}
+
+/// Before guest code runs.
+pub fn enter(s: &CpuState) {
+    mxcsr::enter(s);
+}
+
+/// After guest code ran, before any floating point of our own: all of the guest's state is in `s`.
+pub fn leave(s: &mut CpuState) {
+    mxcsr::leave(s);
+    host::park(s);
 }
 
 /// Records the last instruction's opcode and pointers. Selectors read as 0 on models that say so.
@@ -218,6 +244,7 @@ fn extended_checks(v: &mut impl Guest, la: u64, how: u64) -> Result<u64, Trap> {
 /// # Errors
 /// #UD, #NM or #GP by the instruction's rules, and what the stores raise; a store that faults after others leaves those done.
 pub fn save_state(v: &mut impl Guest, la: u64, how: u64) -> Helped {
+    host::park(v.state());
     mxcsr::collect(v.state());
     let view = area::View { wide: how & form::WIDE != 0, xmm16: is64(v) };
     let behalf = on_behalf_of(how);
@@ -257,6 +284,7 @@ pub fn save_state(v: &mut impl Guest, la: u64, how: u64) -> Helped {
 /// # Errors
 /// #UD, #NM or #GP by the instruction's rules, and what the loads raise.
 pub fn restore_state(v: &mut impl Guest, la: u64, how: u64) -> Helped {
+    host::park(v.state());
     let view = area::View { wide: how & form::WIDE != 0, xmm16: is64(v) };
     let behalf = on_behalf_of(how);
     let mut legacy = [0; 512];

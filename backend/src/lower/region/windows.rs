@@ -56,7 +56,7 @@ pub(super) fn plan(block: &Block) -> Vec<Role> {
         let (ty, flags, addr, store) = match *op {
             Op::Load { ty, flags, addr } => (ty, flags, addr, false),
             Op::Store { ty, flags, addr, .. } => (ty, flags, addr, true),
-            Op::Call { helper, .. } if !helper.info().pure => {
+            Op::Call { helper, .. } if !helper.info().keeps_state() => {
                 open.clear();
                 continue;
             }

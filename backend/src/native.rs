@@ -1,0 +1,84 @@
+//! The host's own instruction for an op, as bytes: what `assemble` and `region` put in the place of a call.
+//!
+//! Place in the pipeline: `lower` names them by [`Native`] as if they were functions, with operands and results in fixed
+//! registers; nothing but results and RAX changes. No byte depends on where it lies, so the same code serves in the
+//! middle of a block and, with a return behind it, as a subroutine. The 16 bytes below the stack pointer are scratch.
+
+use twofold_arch::CpuState;
+use twofold_arch::fpu::{X87Op, X87Operand};
+
+/// An op that the host computes, packed in the index of an external function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Native(pub u32);
+
+const X87: u32 = 1 << 31;
+
+impl Native {
+    /// An x87 instruction: its operand in RSI and DX, the result in RAX, the state in RDI. `None` when it is not run this way.
+    pub fn x87(op: X87Op) -> Option<Self> {
+        op.operand().map(|_| Self(X87 | u32::from(op.0)))
+    }
+
+    /// The code.
+    pub fn bytes(self) -> Vec<u8> {
+        x87(X87Op(self.0 as u16))
+    }
+}
+
+/// `[rsp - 8]` and `[rsp - 16]` as the operand of an x87 instruction.
+const BELOW_8: [u8; 3] = [0x44, 0x24, 0xf8];
+const BELOW_16: [u8; 3] = [0x44, 0x24, 0xf0];
+
+fn x87(op: X87Op) -> Vec<u8> {
+    let Some(operand) = op.operand() else { return Vec::new() };
+    let mut out = Vec::with_capacity(24);
+    let memory = |[modrm, sib, disp]: [u8; 3]| [op.first(), modrm | op.reg() << 3, sib, disp];
+    let register = [op.first(), op.modrm()];
+    match operand {
+        X87Operand::None => out.extend(register),
+        // mov [rsp - 16], rsi; mov [rsp - 8], rdx
+        X87Operand::Load(10) => {
+            out.extend([0x48, 0x89, 0x74, 0x24, 0xf0, 0x48, 0x89, 0x54, 0x24, 0xf8]);
+            out.extend(memory(BELOW_16));
+        }
+        // mov [rsp - 8], rsi
+        X87Operand::Load(_) => {
+            out.extend([0x48, 0x89, 0x74, 0x24, 0xf8]);
+            out.extend(memory(BELOW_8));
+        }
+        // To [rdi + x87_operand]; mov rax, [rdi + x87_operand]
+        X87Operand::Store(10) => {
+            let at = (core::mem::offset_of!(CpuState, x87_operand) as u32).to_le_bytes();
+            out.extend([op.first(), 0x87 | op.reg() << 3]);
+            out.extend(at);
+            out.extend([0x48, 0x8b, 0x87]);
+            out.extend(at);
+        }
+        // mov rax, [rsp - 8] or narrower
+        X87Operand::Store(n) => {
+            out.extend(memory(BELOW_8));
+            match n {
+                2 => out.extend([0x0f, 0xb7]),
+                4 => out.push(0x8b),
+                _ => out.extend([0x48, 0x8b]),
+            }
+            out.extend(BELOW_8);
+        }
+        // movzx eax, ax
+        X87Operand::Status => {
+            out.extend(register);
+            out.extend([0x0f, 0xb7, 0xc0]);
+        }
+        // mov eax, esi; shl eax, 8; sahf
+        X87Operand::ReadsFlags => {
+            out.extend([0x89, 0xf0, 0xc1, 0xe0, 8, 0x9e]);
+            out.extend(register);
+        }
+        // lahf; movzx eax, ah; and eax, 0x45
+        X87Operand::WritesFlags => {
+            out.extend(register);
+            out.extend([0x9f, 0x0f, 0xb6, 0xc4, 0x83, 0xe0, 0x45]);
+        }
+    }
+    out
+}
