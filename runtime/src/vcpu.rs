@@ -215,7 +215,17 @@ impl Vcpu {
     /// Whether anything but INIT and NMI can end its sleep.
     #[must_use]
     pub fn can_take_interrupts(&self) -> bool {
-        !self.wait_for_sipi && self.state.rflags_sys & rflags::IF != 0
+        !self.wait_for_sipi && (self.state.rflags_sys & rflags::IF != 0 || self.vmx.non_root)
+    }
+
+    /// Whether something that another processor sent since its last turn ends its sleep.
+    #[must_use]
+    pub fn is_woken(&self) -> bool {
+        use crate::platform::signal;
+        let p = self.platform();
+        let signals = p.signals(self.index);
+        let interrupt = self.can_take_interrupts() && p.interrupt_pending(self.index).is_some();
+        interrupt || signals & signal::SIPI != 0 || signals & (signal::NMI | signal::INIT) != 0 && !self.wait_for_sipi
     }
 
     /// PAUSE: it spins, so the processor it waits for should have its turn.

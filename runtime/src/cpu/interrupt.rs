@@ -5,7 +5,7 @@
 //! Invariants: registers change only when a whole frame is on the stack; a delivery ends, whatever the guest's tables say.
 
 use twofold_arch::control::{cr0, cr4, rflags};
-use twofold_arch::vmx::event::EventType;
+use twofold_arch::vmx::event::{EventType, pending_debug};
 use twofold_arch::vmx::{ExitReason, InterruptionInfo};
 use twofold_arch::{Exception, LinearAddr, Segment, Vector};
 
@@ -310,6 +310,9 @@ pub fn single_step(v: &mut Vcpu) -> Result<(), Shutdown> {
 /// Shutdown, as [`deliver`].
 pub fn debug_trap(v: &mut Vcpu, bits: u64) -> Result<(), Shutdown> {
     v.vmx.shadow = v.state.shadow;
+    // Those that VM entry left pending behind a MOV SS come with it.
+    let pending = std::mem::take(&mut v.vmx.pending_debug) & (pending_debug::B | pending_debug::BS);
+    let bits = bits | pending;
     deliver(v, Event::Exception(Exception { cr2: bits, ..Exception::new(Vector::Debug) }))
 }
 

@@ -689,6 +689,7 @@ pub fn rdtsc(v: &mut Vcpu) -> Helped {
         intercept::rdtsc(v, ExitReason::Rdtsc)?;
     }
     let tsc = intercept::tsc(v);
+    intercept::timer_first(v)?;
     super::control::set_edx_eax(v, tsc);
     Ok(tsc)
 }
@@ -703,6 +704,7 @@ pub fn rdtscp(v: &mut Vcpu) -> Helped {
         intercept::rdtsc(v, ExitReason::Rdtscp)?;
     }
     let tsc = intercept::tsc(v);
+    intercept::timer_first(v)?;
     super::control::set_edx_eax(v, tsc);
     v.state.gpr[RCX] = v.state.msrs.tsc_aux & 0xffff_ffff;
     Ok(tsc)

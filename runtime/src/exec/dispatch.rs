@@ -128,8 +128,8 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
                     return Err(RunEnd::TurnOver);
                 }
                 *slices += 1;
-                start_up_signals(vcpu);
             }
+            start_up_signals(vcpu);
         }
         if vcpu.wait_for_sipi {
             return Err(RunEnd::Asleep);
@@ -149,11 +149,16 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
     }
 }
 
-/// INIT and start-up IPIs (SDM Vol 3A, "Multiple-Processor Initialization").
-fn start_up_signals(vcpu: &mut Vcpu) {
+/// INIT and start-up IPIs (SDM Vol 3A, "Multiple-Processor Initialization"). In VMX operation INIT waits for its end or for
+/// a guest to exit from, and only a guest that waits for it takes a SIPI.
+pub(crate) fn start_up_signals(vcpu: &mut Vcpu) {
     let index = vcpu.index;
-    if vcpu.platform().signals(index) & (signal::INIT | signal::SIPI) == 0 {
+    let signals = vcpu.platform().signals(index);
+    if signals & (signal::INIT | signal::SIPI) == 0 {
         return;
+    }
+    if vcpu.vmx.vmxon.is_some() {
+        return vmx::events::start_up_signals(vcpu, signals);
     }
     if vcpu.platform().take_signal(index, signal::INIT) {
         crate::cpu::reset(vcpu);
@@ -176,6 +181,7 @@ pub(crate) fn step(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     if vcpu.state.budget < 128 {
         vcpu.state.budget = SLICE;
     }
+    start_up_signals(vcpu);
     if vcpu.vmx.non_root || vcpu.vmx.aborted {
         vmx::events::deliver(vcpu)?;
     } else {
@@ -264,13 +270,18 @@ impl Step {
         vcpu.state.shadow = vcpu.vmx.shadow;
     }
 
-    /// The instruction is done: its debug traps, which a load of SS puts off (data) or loses (single step).
-    fn end(&self, vcpu: &mut Vcpu) -> Result<(), Shutdown> {
+    /// The instruction is done: its debug traps, which a load of SS puts off (data) or loses (single step). With `mtf`, an MTF
+    /// VM exit comes before them and finds them pending.
+    fn end(&self, vcpu: &mut Vcpu, mtf: bool) -> Result<(), Shutdown> {
         let blocked = vcpu.state.shadow & 2 != 0;
         let interrupted = vcpu.counters.soft_interrupts != self.interrupts;
         let mut bits = vcpu.watch.take(blocked);
         if self.single && !blocked && !interrupted {
             bits |= interrupt::dr6::BS;
+        }
+        if bits != 0 && mtf {
+            vmx::events::leave_pending(vcpu, bits);
+            return Ok(());
         }
         if bits == 0 { Ok(()) } else { interrupt::debug_trap(vcpu, bits) }
     }
@@ -321,7 +332,7 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
             step.undo(vcpu);
             return Ok(());
         }
-        _ if alone && vcpu.vmx.transitions == world => step.end(vcpu)?,
+        _ if alone && vcpu.vmx.transitions == world => step.end(vcpu, trap_flag)?,
         _ => vcpu.watch = debug::Watch::default(),
     }
     if trap_flag && vcpu.vmx.transitions == world {
@@ -471,8 +482,12 @@ fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
 /// Sets `state.rip` to page offset `off`, truncated to the code size.
 #[inline]
 fn set_rip(vcpu: &mut Vcpu, off: i32) {
-    let rip = vcpu.state.rip_base.wrapping_add_signed(i64::from(off));
-    vcpu.state.rip = truncate_rip(TbFlags(vcpu.state.tb_flags), rip);
+    let base = vcpu.state.rip_base;
+    let rip = base.wrapping_add_signed(i64::from(off));
+    // 16-bit code above 64 KiB, as VM entry and far jumps can begin it, has an EIP of 32 bits.
+    let flags = TbFlags(vcpu.state.tb_flags);
+    let high = flags.size() == twofold_arch::CodeSize::Bits16 && (0x1_0000..0x8000_0000).contains(&base);
+    vcpu.state.rip = if high { rip as u32 as u64 } else { truncate_rip(flags, rip) };
 }
 
 #[inline]

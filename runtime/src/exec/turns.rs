@@ -48,6 +48,7 @@ pub fn run(vcpus: &mut [Box<Vcpu>], control: &Control) -> (RunEnd, usize) {
             }
         }
         if asleep == vcpus.len()
+            && !vcpus.iter().any(|v| v.is_woken())
             && let Err(end) = sleep(vcpus, control)
         {
             return (end, holder);
@@ -82,9 +83,13 @@ fn sleep(vcpus: &mut [Box<Vcpu>], control: &Control) -> Result<(), RunEnd> {
         p.flush();
         (p.next_deadline(), p.can_wake())
     };
-    if !can_wake || !device {
+    // A guest's HLT ends by its preemption timer, too.
+    let timer = vcpus.iter().filter_map(|v| v.vmx.timer).min();
+    let boot = &mut vcpus[0];
+    if !can_wake || (!device && timer.is_none()) {
         return Err(RunEnd::Halted);
     }
+    let deadline = [deadline, timer].into_iter().flatten().min();
     let limit = deadline.map_or(Duration::from_millis(100), |d| Duration::from_nanos(d.saturating_sub(start)));
     if !limit.is_zero() && control.stopped().is_none() {
         boot.waker.sleep(limit.min(Duration::from_secs(1)));

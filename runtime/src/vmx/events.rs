@@ -33,6 +33,36 @@ fn exit_by_event(v: &mut Vcpu, reason: ExitReason) -> Result<(), Shutdown> {
     super::exit::perform(v)
 }
 
+/// INIT and start-up IPIs in VMX operation (SDM Vol 3C, "Other Causes of VM Exits", "Waiting for SIPI"): INIT exits from a
+/// guest and is blocked outside; a SIPI exits from a guest that waits for it and is lost elsewhere. What exits is left to
+/// [`deliver`].
+pub fn start_up_signals(v: &mut Vcpu, signals: u32) {
+    let waits = v.vmx.non_root && v.vmx.activity == activity::WAIT_FOR_SIPI;
+    if signals & signal::SIPI != 0 && !waits {
+        let index = v.index;
+        v.platform().take_signal(index, signal::SIPI);
+    }
+    v.vmx.init_pending = signals & signal::INIT != 0;
+    v.vmx.sipi_pending = signals & signal::SIPI != 0 && waits;
+}
+
+/// Takes a pending INIT or SIPI that exits.
+fn start_up_exit(v: &mut Vcpu) -> Result<(), Shutdown> {
+    let index = v.index;
+    if v.vmx.activity == activity::WAIT_FOR_SIPI {
+        if !std::mem::take(&mut v.vmx.sipi_pending) {
+            return Ok(());
+        }
+        v.platform().take_signal(index, signal::SIPI);
+        let vector = v.platform().sipi_vector(index);
+        v.vmx.exit = PendingExit::new(ExitReason::Sipi, Cause::Event, u64::from(vector));
+        return super::exit::perform(v);
+    }
+    v.vmx.init_pending = false;
+    v.platform().take_signal(index, signal::INIT);
+    exit_by_event(v, ExitReason::Init)
+}
+
 /// Delivers what may be delivered now, or exits for it. Afterwards either may be the case: still in the guest, or in L1.
 ///
 /// # Errors
@@ -49,6 +79,12 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
             return Ok(());
         }
     }
+    if v.vmx.init_pending || v.vmx.sipi_pending {
+        start_up_exit(v)?;
+        if !v.vmx.non_root {
+            return Ok(());
+        }
+    }
     if let Some(pending) = v.vmx.trap_exit.take() {
         v.vmx.exit = pending;
         return super::exit::perform(v);
@@ -56,24 +92,30 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
     if v.vmx.mtf_pending {
         return exit_by_event(v, ExitReason::MonitorTrapFlag);
     }
-    if v.state.shadow & 2 == 0 && pending_debug_trap(v)? {
-        return Ok(());
+    if v.state.shadow & 2 == 0 {
+        pending_debug_trap(v)?;
+        if !v.vmx.non_root {
+            return Ok(());
+        }
     }
-    if v.vmx.timer.is_some_and(|at| v.shared.clock.now_ns() >= at) {
+    let waits = v.vmx.activity == activity::WAIT_FOR_SIPI;
+    if !waits && v.vmx.timer.is_some_and(|at| v.shared.clock.now_ns() >= at) {
         return exit_by_event(v, ExitReason::PreemptionTimer);
     }
     let controls = v.vmx.controls;
     if v.state.shadow != 0 {
         return Ok(());
     }
-    if controls.proc & proc::NMI_WINDOW_EXITING != 0 && !v.vmx.virtual_nmi_blocked {
+    if controls.proc & proc::NMI_WINDOW_EXITING != 0 && !v.vmx.virtual_nmi_blocked && !waits {
         return exit_by_event(v, ExitReason::NmiWindow);
     }
     if nmi(v)? || !v.vmx.non_root {
         return Ok(());
     }
     let interrupts_on = v.state.rflags_sys & rflags::IF != 0;
-    if controls.proc & proc::INTERRUPT_WINDOW_EXITING != 0 && interrupts_on {
+    // What wakes the processor is what an interrupt would wake it from.
+    let window = interrupts_on && !waits && v.vmx.activity != activity::SHUTDOWN;
+    if controls.proc & proc::INTERRUPT_WINDOW_EXITING != 0 && window {
         return exit_by_event(v, ExitReason::InterruptWindow);
     }
     external_interrupt(v, interrupts_on)?;
@@ -90,14 +132,19 @@ fn inject(v: &mut Vcpu, info: InterruptionInfo) -> Result<(), Shutdown> {
     interrupt::inject(v, info, error, length)
 }
 
-/// A debug exception that VM entry left pending; whether there was one.
-fn pending_debug_trap(v: &mut Vcpu) -> Result<bool, Shutdown> {
+/// Leaves debug traps of the instruction just done, as DR6 would have them, for an exit that comes before them.
+pub fn leave_pending(v: &mut Vcpu, bits: u64) {
+    let enabled = if bits & pending_debug::B != 0 { pending_debug::ENABLED_BREAKPOINT } else { 0 };
+    v.vmx.pending_debug |= bits & (pending_debug::B | pending_debug::BS) | enabled;
+}
+
+/// Delivers a debug exception that is pending.
+fn pending_debug_trap(v: &mut Vcpu) -> Result<(), Shutdown> {
     let pending = std::mem::take(&mut v.vmx.pending_debug);
     if pending & (pending_debug::BS | pending_debug::ENABLED_BREAKPOINT) == 0 {
-        return Ok(false);
+        return Ok(());
     }
-    interrupt::debug_trap(v, pending & (pending_debug::BS | pending_debug::B))?;
-    Ok(true)
+    interrupt::debug_trap(v, pending & (pending_debug::BS | pending_debug::B))
 }
 
 /// Takes a pending NMI; whether there was one to take.

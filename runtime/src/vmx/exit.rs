@@ -68,7 +68,7 @@ fn leave(v: &mut Vcpu, reason: u32, start: u64) -> Result<(), Shutdown> {
     if v.debug.has(DebugItem::Vmx) {
         trace(v, reason_value);
     }
-    store_msrs(v)?;
+    store_msrs(v, start)?;
     load_host(v, FlushCause::VmExit)?;
     if reason_value == ExitReason::ExceptionOrNmi {
         let info = InterruptionInfo(v.vmx.vmcs.get32(Field::ExitInterruptionInfo));
@@ -275,12 +275,12 @@ fn save_non_register(v: &mut Vcpu, pending: &PendingExit) {
     vmcs.set(Field::GuestPendingDebug, v.vmx.pending_debug);
 }
 
-fn store_msrs(v: &mut Vcpu) -> Result<(), Shutdown> {
+fn store_msrs(v: &mut Vcpu, start: u64) -> Result<(), Shutdown> {
     let (count, at) = (v.vmx.vmcs.get(Field::ExitMsrStoreCount), v.vmx.vmcs.get(Field::ExitMsrStoreAddress));
     if count == 0 {
         return Ok(());
     }
-    match msrs::store(v, count, at) {
+    match msrs::store(v, count, at, start) {
         Ok(()) => Ok(()),
         Err(_) => Err(abort(v, Abort::SavingGuestMsrs)),
     }

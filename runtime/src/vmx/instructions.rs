@@ -89,13 +89,8 @@ pub fn vmx(v: &mut Vcpu, word: u64, la: u64, reg: u64, next_rip: u64) -> Helped 
         Err(Fail::Invalid) => set_flags(v, rflags::CF),
         Err(Fail::Error(_)) if v.vmx.current.is_none() => set_flags(v, rflags::CF),
         Err(Fail::Error(e)) => {
-            let number = u64::from(e.number());
-            if v.vmx.non_root {
-                let shadow = PhysAddr(v.vmx.vmcs.get(Field::VmcsLinkPointer));
-                super::write_phys(v, Vmcs::place(shadow, Field::InstructionError).0, &number.to_le_bytes());
-            } else {
-                v.vmx.vmcs.set(Field::InstructionError, number);
-            }
+            // Of the current VMCS, when a guest's VMREAD or VMWRITE of the shadow VMCS fails as well.
+            v.vmx.vmcs.set(Field::InstructionError, u64::from(e.number()));
             set_flags(v, rflags::ZF);
         }
         Err(Fail::Trap(t)) => return Err(t),
@@ -239,6 +234,10 @@ fn vmxon(v: &mut Vcpu, operand: &Operand) -> Result<(), Fail> {
 fn vmxoff(v: &mut Vcpu) -> Result<(), Fail> {
     release_current(v);
     v.vmx.vmxon = None;
+    if std::mem::take(&mut v.vmx.init_pending) {
+        // The dispatcher finds it still pending.
+        v.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+    }
     Ok(())
 }
 

@@ -75,6 +75,18 @@ pub fn rdtsc(v: &mut Vcpu, reason: ExitReason) -> Passed {
     exits_if(v, when, reason)
 }
 
+/// A guest that reads a time past the end of its preemption timer has exited before. The clock is read after the TSC was.
+#[inline]
+pub fn timer_first(v: &mut Vcpu) -> Passed {
+    if v.vmx.timer.is_none_or(|at| v.shared.clock.now_ns() < at) {
+        return Ok(());
+    }
+    // The instruction has not begun.
+    v.state.shadow = v.vmx.shadow;
+    v.vmx.exit = PendingExit::new(ExitReason::PreemptionTimer, Cause::Event, 0);
+    Err(Trap::VmExit)
+}
+
 /// RDTSCP and RDPID exist when "enable RDTSCP" is 1.
 pub fn rdtscp_exists(v: &Vcpu) -> Passed {
     enabled(v, proc2::RDTSCP)

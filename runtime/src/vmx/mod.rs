@@ -75,6 +75,10 @@ pub struct VmxState {
     pub activity: u32,
     /// VM entries and exits so far: who notes it before and after knows whether the world changed.
     pub transitions: u64,
+    /// An INIT signal is blocked: it exits from the next guest, or takes effect when VMX operation ends.
+    pub init_pending: bool,
+    /// A start-up IPI arrived for a guest that waits for one.
+    pub sipi_pending: bool,
     /// PAUSE-loop exiting: TSC of the first and the latest PAUSE of the loop.
     pub pause_loop: (u64, u64),
     /// The event that VM entry is to inject.

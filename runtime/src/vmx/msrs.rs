@@ -44,11 +44,11 @@ pub fn load(v: &mut Vcpu, area: MsrArea, count: u64, at: u64) -> Result<(), Refu
     Ok(())
 }
 
-/// Stores the `count` MSRs named in the area at `at`.
+/// Stores the `count` MSRs named in the area at `at`. The time-stamp counter is that of `start`, when the exit began.
 ///
 /// # Errors
 /// The entry that failed.
-pub fn store(v: &mut Vcpu, count: u64, at: u64) -> Result<(), Refused> {
+pub fn store(v: &mut Vcpu, count: u64, at: u64, start: u64) -> Result<(), Refused> {
     let x2apic = is_x2apic(v);
     for n in 0..count {
         let entry = at.wrapping_add(16 * n);
@@ -58,7 +58,10 @@ pub fn store(v: &mut Vcpu, count: u64, at: u64) -> Result<(), Refused> {
         if n >= MOST {
             return Err(refused(n, "the area is too long"));
         }
-        let value = file::read(v, index).map_err(|_| refused(n, "RDMSR would fault"))?;
+        let value = match index {
+            msr::TSC => start.wrapping_add(v.state.msrs.tsc_offset),
+            _ => file::read(v, index).map_err(|_| refused(n, "RDMSR would fault"))?,
+        };
         write_phys(v, entry.wrapping_add(8), &value.to_le_bytes());
     }
     Ok(())

@@ -6,6 +6,10 @@ mod events;
 mod guests;
 mod instructions;
 mod mutation;
+mod numbers;
+mod paging;
+mod policies;
+mod signals;
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;

@@ -2,35 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use super::numbers::{Numbers, numbers, rounds};
 use super::*;
-
-/// A small generator of numbers that are the same each time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    /// A number of an unlikely kind.
-    fn odd(&mut self, old: u64) -> u64 {
-        match self.below(8) {
-            0 => self.next(),
-            1 | 2 => old ^ 1 << self.below(64),
-            3 => u64::MAX << self.below(64),
-            4 => self.next() >> self.below(64),
-            // The end of RAM, of the physical addresses, and pages that are something already.
-            5 => [0x1000_0000, 1 << 45, (1 << 46) - 0x1000, 0xfee0_0000, EPT, VMCS, CODE][self.below(7) as usize],
-            6 => old.wrapping_add(1),
-            _ => self.below(16),
-        }
-    }
-}
 
 /// Instructions that do something with what is damaged.
 const PROGRAMS: &[&[u8]] = &[
@@ -58,7 +31,25 @@ enum End {
     Stopped,
 }
 
-fn run_damaged(v: &mut Vcpu) -> End {
+/// Words of EPT, and now and then a whole table, become something else.
+fn damage_ept(v: &mut Vcpu, n: &mut Numbers, most: u64) {
+    for _ in 0..n.below(most) {
+        let at = EPT + 8 * n.below(1024);
+        let value = n.odd(peek64(v, at));
+        super::super::write_phys(v, at, &value.to_le_bytes());
+    }
+    if n.one_in(40) {
+        let table = EPT + 0x1000 * n.below(3);
+        for i in 0..512 {
+            // Tables that name each other, themselves, L2's pages and nothing.
+            let page = n.of(&[EPT, EPT + 0x1000, EPT + 0x2000, CODE, VMCS, crate::cpu::tests::RAM - 0x1000, 1 << 45]);
+            let value = if n.one_in(4) { n.next() } else { page | n.below(0x1000) };
+            super::super::write_phys(v, table + 8 * i, &value.to_le_bytes());
+        }
+    }
+}
+
+fn run_damaged(v: &mut Vcpu, n: &mut Numbers) -> End {
     if super::super::instructions::vmx(v, word::VMLAUNCH, 0, 0, NEXT).is_err() {
         return End::Stopped;
     }
@@ -72,17 +63,25 @@ fn run_damaged(v: &mut Vcpu) -> End {
         if dispatch::step(v).is_err() {
             return End::Stopped;
         }
+        if v.vmx.non_root && n.one_in(4) {
+            // Another processor of L1 changes EPT under the guest, and may have this one told.
+            damage_ept(v, n, 3);
+            if n.one_in(2) {
+                v.mmu.invept(None);
+            }
+        }
     }
     End::Running
 }
 
-/// G3, G4: a valid VMCS with one to four damaged fields, damaged EPT, and MSR areas anywhere.
+/// G3, G4: a valid VMCS with one to four damaged fields, damaged EPT, also while the guest runs, any EPTP, and MSR areas
+/// anywhere: outside RAM, across its end, on top of what is in use.
 #[test]
 fn g3_g4_damaged_vmcs_never_panics() {
-    let mut n = Numbers(0x2545_f491_4f6c_dd1d);
     let mut ends = BTreeSet::new();
-    for round in 0..1500u64 {
-        let mut v = if round % 2 == 0 { with_guest() } else { with_real_guest() };
+    for seed in rounds(1500) {
+        let mut n = numbers(seed);
+        let mut v = if seed % 2 == 0 { with_guest() } else { with_real_guest() };
         code(&v, PROGRAMS[n.below(PROGRAMS.len() as u64) as usize]);
         for i in 0..16 {
             v.state.gpr[i] = if n.below(3) == 0 { n.next() } else { n.below(0x20_0000) };
@@ -111,7 +110,7 @@ fn g3_g4_damaged_vmcs_never_panics() {
         ] {
             if n.below(8) == 0 {
                 let entries = n.below(6);
-                let place = n.odd(AREA) & !15;
+                let place = if n.one_in(3) { crate::cpu::tests::RAM - 16 * n.below(4) } else { n.odd(AREA) & !15 };
                 set(&mut v, count, entries);
                 set(&mut v, at, place);
                 for i in 0..8 {
@@ -122,12 +121,12 @@ fn g3_g4_damaged_vmcs_never_panics() {
                 }
             }
         }
-        for _ in 0..n.below(3) {
-            let at = EPT + 8 * n.below(1024);
-            let value = n.odd(peek64(&v, at));
-            poke64(&v, at, value);
+        damage_ept(&mut v, &mut n, 3);
+        if n.one_in(8) {
+            let value = n.odd(get(&v, Field::Eptp));
+            set(&mut v, Field::Eptp, value);
         }
-        ends.insert(run_damaged(&mut v));
+        ends.insert(run_damaged(&mut v, &mut n));
     }
     let exits = ends.iter().filter(|e| matches!(e, End::Exit(r) if r >> 31 == 0)).count();
     // The damage is not so great that nothing else happens.
