@@ -3,9 +3,11 @@
 //! Place in the pipeline: between `thunks` (assembly) and `runtime`. The layouts are `repr(C)` and known to the assembly.
 #![allow(unsafe_code)] // the types of functions that take the state by pointer
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use twofold_arch::CpuState;
 use twofold_arch::tbflags::MemMode;
-use twofold_ir::{Helper, MemFlags, RmwOp};
+use twofold_ir::{Helper, MemFlags, RmwOp, VecOp};
 
 /// How control left translated code. In every case but [`Leave::Fault`], `state.rip` is the RIP of the next guest
 /// instruction to execute (of the faulting one for `Raise`) and `state.budget` counts exactly what has retired.
@@ -182,11 +184,22 @@ unsafe extern "C" fn flags(state: *mut CpuState, _: u64) -> u64 {
     twofold_arch::flags::arith_flags(twofold_arch::CcOp(s.cc_op as u8), s.cc_dst, s.cc_src, s.cc_src2)
 }
 
+/// How often each vector op ran as a portable function in compiled code.
+static PORTABLE: [AtomicU64; VecOp::ALL.len()] = [const { AtomicU64::new(0) }; VecOp::ALL.len()];
+
+/// The vector ops that compiled code had computed by portable functions, with how often, in this process.
+#[must_use]
+pub fn portable_vec_ops() -> Vec<(&'static str, u64)> {
+    let counts = PORTABLE.iter().map(|n| n.load(Ordering::Relaxed));
+    VecOp::ALL.iter().map(|op| op.name()).zip(counts).filter(|x| x.1 != 0).collect()
+}
+
 /// `what` is the op's number and its immediate in bits 23:16; the result replaces the first operand.
 unsafe extern "C" fn vec(what: u64, args: *mut [u128; 3]) {
     // SAFETY: the thunk passes the address of three operands on its own stack.
     let [a, b, c] = unsafe { args.read_unaligned() };
-    if let Some(op) = twofold_ir::VecOp::from_number(what as u16) {
+    if let Some(op) = VecOp::from_number(what as u16) {
+        PORTABLE[op as usize].fetch_add(1, Ordering::Relaxed);
         let r = twofold_ir::vecop::eval(op, (what >> 16) as u8, a, b, c);
         // SAFETY: as above.
         unsafe { args.cast::<u128>().write_unaligned(r) };

@@ -25,7 +25,7 @@ mod thunks;
 #[path = "thunks_none.rs"]
 mod thunks;
 
-pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo};
+pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo, portable_vec_ops};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
 pub use disasm::disassemble;

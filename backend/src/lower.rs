@@ -81,7 +81,7 @@ pub(crate) struct Buffers {
 struct Shape {
     /// Ends the function (`Tail`), or is called and keeps every register (`PreserveAll`).
     tail: bool,
-    /// I64 parameters, the state included.
+    /// I64 parameters, the state included; none without it.
     ints: u8,
     /// Type of the last of them instead, if it may have anything in its upper bits.
     last: Ty,
@@ -152,7 +152,7 @@ pub(crate) fn lower(func: &mut Function, block: &Block, buf: &mut Buffers) -> Re
 fn signature(shape: Shape) -> Signature {
     let mut s = Signature::new(if shape.tail { CallConv::Tail } else { CallConv::PreserveAll });
     s.params.extend((1..shape.ints).map(|_| AbiParam::new(types::I64)));
-    s.params.push(AbiParam::new(clif(shape.last)));
+    s.params.extend((shape.ints != 0).then(|| AbiParam::new(clif(shape.last))));
     s.params.extend((0..shape.vecs).map(|_| AbiParam::new(V)));
     s.returns.extend((0..shape.rets).map(|_| AbiParam::new(types::I64)));
     s.returns.extend((0..shape.vec_rets).map(|_| AbiParam::new(V)));
@@ -274,7 +274,7 @@ impl Lowering<'_> {
         let f = self.function(space, index, shape);
         let mut all = [self.state; 6];
         all[1..=args.len()].copy_from_slice(args);
-        let inst = self.cur.ins().call(f, &all[..=args.len()]);
+        let inst = self.cur.ins().call(f, &all[usize::from(shape.ints == 0)..=args.len()]);
         self.cur.func.dfg.inst_results(inst)
     }
     /// The same, for a thunk with one result or whose first is wanted.

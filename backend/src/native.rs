@@ -6,6 +6,11 @@
 
 use twofold_arch::CpuState;
 use twofold_arch::fpu::{X87Op, X87Operand};
+use twofold_ir::VecOp;
+
+#[cfg_attr(target_arch = "x86_64", path = "native/vec.rs")]
+#[cfg_attr(not(target_arch = "x86_64"), path = "native/vec_none.rs")]
+mod vec;
 
 /// An op that the host computes, packed in the index of an external function.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -19,9 +24,17 @@ impl Native {
         op.operand().map(|_| Self(X87 | u32::from(op.0)))
     }
 
+    /// A vector op, if the host has an instruction for it: see `native/vec.rs` for its registers.
+    pub fn vec(op: VecOp, imm: u8) -> Option<Self> {
+        vec::exists(op, imm).then_some(Self(u32::from(op as u16) | u32::from(imm) << 16))
+    }
+
     /// The code.
     pub fn bytes(self) -> Vec<u8> {
-        x87(X87Op(self.0 as u16))
+        if self.0 & X87 != 0 {
+            return x87(X87Op(self.0 as u16));
+        }
+        VecOp::from_number(self.0 as u16).map_or_else(Vec::new, |op| vec::code(op, (self.0 >> 16) as u8))
     }
 }
 

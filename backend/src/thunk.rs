@@ -3,10 +3,9 @@
 //! Place in the pipeline: `lower` and `assemble` name them, `thunks` defines them, `code` knows where they lie.
 
 use twofold_arch::CodeSize;
-use twofold_ir::{MemFlags, VecOp};
+use twofold_ir::MemFlags;
 
 use crate::abi::{AccessKind, MemInfo};
-use crate::thunks::{VEC_OPS, has_vec_ops};
 
 /// A thunk by its number: the order in the assembly.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,7 +14,8 @@ pub(crate) struct Thunk(u16);
 /// Log2 sizes × {load, store} of one (mode, stack, full) group of probing thunks.
 const PROBES_PER_GROUP: u16 = 10;
 const FIRST_PROBE: u16 = 37;
-pub(crate) const FIRST_VEC: u16 = FIRST_PROBE + 3 * 2 * 2 * PROBES_PER_GROUP;
+/// How many there are.
+pub(crate) const THUNKS: u16 = FIRST_PROBE + 3 * 2 * 2 * PROBES_PER_GROUP;
 
 impl Thunk {
     /// Far jump through the jump cache; the RIP is in RSI.
@@ -94,11 +94,6 @@ impl Thunk {
         let group = (mode as u16 * 2 + flags.0 as u16) * 2 + full as u16;
         Some(Self(FIRST_PROBE + group * PROBES_PER_GROUP + store * 5 + log2 as u16))
     }
-    /// The thunk that is the op's one instruction, if this host has it.
-    pub fn vec_op(op: VecOp) -> Option<Self> {
-        let i = VEC_OPS.iter().position(|&o| o == op)?;
-        has_vec_ops().then_some(Self(FIRST_VEC + i as u16))
-    }
     /// Index in the list of offsets that `thunks::image` gives.
     pub const fn index(self) -> usize {
         self.0 as usize
@@ -151,9 +146,6 @@ impl Thunk {
         let i = self.0;
         if let Some(name) = FIXED.get(i as usize) {
             return format!("thunk_{name}");
-        }
-        if i >= FIRST_VEC {
-            return format!("thunk_vec_{}", VEC_OPS.get((i - FIRST_VEC) as usize).map_or("?", |op| op.name()));
         }
         let (g, n) = ((i - FIRST_PROBE) / PROBES_PER_GROUP, (i - FIRST_PROBE) % PROBES_PER_GROUP);
         format!(

@@ -21,22 +21,12 @@ use twofold_ir::MemFlags;
 
 use crate::abi::{AccessKind, Leave, MemInfo, reason};
 use crate::layout;
-use crate::thunk::FIRST_VEC;
-
-#[path = "thunks_vec.rs"]
-mod vec;
-
-pub(crate) use vec::OPS as VEC_OPS;
+use crate::thunk::THUNKS;
 
 /// Whether this host runs translated code.
 #[must_use]
 pub fn available() -> bool {
     cfg!(target_os = "linux")
-}
-
-/// Whether the host has the instructions of the vector thunks.
-pub(crate) fn has_vec_ops() -> bool {
-    std::arch::is_x86_feature_detected!("sse4.2") && std::arch::is_x86_feature_detected!("ssse3")
 }
 
 /// Runs translated code until it leaves.
@@ -84,37 +74,15 @@ pub(crate) fn image() -> (Vec<u8>, Vec<u32>) {
         static twofold_thunks_start: u8;
         static twofold_thunks_end: u8;
         static twofold_thunks_table: u32;
-        static twofold_vec_start: u8;
-        static twofold_vec_end: u8;
-        static twofold_vec_table: u32;
     }
-    // SAFETY: the symbols delimit code and tables that the assembly below defines; nobody writes them.
-    unsafe fn part(start: *const u8, end: *const u8, table: *const u32, n: usize) -> (Vec<u8>, Vec<u32>) {
-        // SAFETY: as above.
-        unsafe {
-            let len = end.offset_from_unsigned(start);
-            let code = std::slice::from_raw_parts(start, len).to_vec();
-            (code, std::slice::from_raw_parts(table, n).to_vec())
-        }
+    // SAFETY: the symbols delimit code and a table that the assembly below defines, with as many entries as there are
+    // thunks; nobody writes them.
+    unsafe {
+        let (start, end) = (&raw const twofold_thunks_start, &raw const twofold_thunks_end);
+        let code = std::slice::from_raw_parts(start, end.offset_from_unsigned(start)).to_vec();
+        let offsets = std::slice::from_raw_parts(&raw const twofold_thunks_table, THUNKS.into()).to_vec();
+        (code, offsets)
     }
-    // SAFETY: as above; the tables have as many entries as there are thunks.
-    let (mut code, mut offsets) = unsafe {
-        part(
-            &raw const twofold_thunks_start,
-            &raw const twofold_thunks_end,
-            &raw const twofold_thunks_table,
-            FIRST_VEC.into(),
-        )
-    };
-    // SAFETY: as above.
-    let (vec_code, vec_offsets) = unsafe {
-        part(&raw const twofold_vec_start, &raw const twofold_vec_end, &raw const twofold_vec_table, vec::OPS.len())
-    };
-    code.resize(code.len().next_multiple_of(16), 0xcc);
-    let base = code.len() as u32;
-    code.extend(vec_code);
-    offsets.extend(vec_offsets.into_iter().map(|o| base + o));
-    (code, offsets)
 }
 
 const LOAD_KIND: u64 = MemInfo::new(AccessKind::Load, 0, MemFlags::NONE, MemMode::User).0;

@@ -2,7 +2,6 @@
 #![allow(unsafe_code)] // the same signatures as the real thing
 
 use twofold_arch::CpuState;
-use twofold_ir::VecOp;
 
 use crate::abi::Leave;
 
@@ -18,12 +17,6 @@ pub fn available() -> bool {
 /// None needed; the real one has conditions.
 pub unsafe fn enter(_state: *mut CpuState, _entry: u64) -> Leave {
     Leave::Dispatch
-}
-
-pub(crate) const VEC_OPS: &[VecOp] = &[];
-
-pub(crate) fn has_vec_ops() -> bool {
-    false
 }
 
 pub(crate) fn image() -> (Vec<u8>, Vec<u32>) {

@@ -42,6 +42,8 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
     let seconds = |ns: u64| ns as f64 / 1e9;
     let phases: Map<String, Value> =
         Phase::NAMES.iter().zip(vcpu.profile.ns).map(|(n, ns)| ((*n).to_owned(), json!(seconds(ns)))).collect();
+    let portable: Map<String, Value> =
+        twofold_backend::portable_vec_ops().into_iter().map(|(name, n)| (name.to_owned(), json!(n))).collect();
     json!({
         "schema": "twofold-stats/1",
         "run": {
@@ -92,6 +94,7 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "exceptions": exceptions,
             "slow_reads": c.slow_reads,
             "slow_writes": c.slow_writes,
+            "portable_vector_ops": portable,
             "port_io": c.port_io,
             "mmio": c.mmio,
             "io_unclaimed": platform.io_unclaimed,

@@ -1,16 +1,18 @@
-//! Lowering of vector ops: Cranelift's where it is bit-exact, else the thunk that is the one host instruction, else the
+//! Lowering of vector ops: Cranelift's where it is bit-exact, else the one host instruction in the place of a call, else the
 //! portable function.
 //!
-//! Cranelift's floating-point ops are not used: it may swap the operands of a commutative one (which decides the NaN that
-//! comes out), its minimum and maximum are IEEE's, and its conversions differ out of range.
+//! Cranelift's floating-point ops are not used: they count as pure, so it may drop, duplicate, hoist and sink them, which MXCSR's
+//! flags would show; it may swap the operands of a commutative one (which decides the NaN that comes out), its minimum and maximum
+//! are IEEE's, and its conversions differ out of range.
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Type, Value as Clif};
 use twofold_ir::{Ty, Value, VecOp};
 
-use super::{Lowering, Shape, V};
+use super::{Lowering, NAME_NATIVE, Shape, V};
 use crate::compiler::CompileError;
+use crate::native::Native;
 use crate::thunk::Thunk;
 
 impl Lowering<'_> {
@@ -41,8 +43,8 @@ impl Lowering<'_> {
         }
         let v = match self.native(op, imm, x) {
             Some(v) => v,
-            None => match Thunk::vec_op(op) {
-                Some(thunk) => self.vec_thunk(op, thunk, x)?,
+            None => match Native::vec(op, imm) {
+                Some(native) => self.vec_native(op, native, x)?,
                 None => self.vec_eval(op, imm, x)?,
             },
         };
@@ -51,19 +53,27 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    /// Calls the thunk that is the op's instruction.
-    fn vec_thunk(&mut self, op: VecOp, thunk: Thunk, x: [Clif; 3]) -> Result<Clif, CompileError> {
+    /// Has the op's instruction put here.
+    fn vec_native(&mut self, op: VecOp, native: Native, x: [Clif; 3]) -> Result<Clif, CompileError> {
         let sig = op.sig();
-        // Integer arguments come first in the list; registers are chosen by class, so order does not matter to the thunk.
+        // Integer arguments come first in the list; registers are chosen by class, so order does not matter to the code.
         let mut list = Vec::with_capacity(3);
         let of = |ty: Ty| move |n: &usize| sig.args[*n] == Some(ty);
         list.extend((0..3).filter(of(Ty::I64)).map(|n| x[n]));
         let ints = list.len() as u8;
         list.extend((0..3).filter(of(Ty::V128)).map(|n| x[n]));
         let vecs = list.len() as u8 - ints;
-        let int = sig.result == Ty::I64;
-        let shape = Shape { vecs, vec_rets: u8::from(!int), ..Shape::call(ints + 1, u8::from(int)) };
-        self.call(thunk, shape, &list).ok_or(CompileError::Malformed)
+        // The state only keeps an integer argument where it belongs.
+        let ints = if ints == 0 { 0 } else { ints + 1 };
+        let int = u8::from(sig.result == Ty::I64);
+        let shape = Shape { vecs, vec_rets: 1 - int, ..Shape::call(ints, int) };
+        let (shape, result) = if op == VecOp::Sha256rnds2 {
+            list.rotate_right(1);
+            (Shape { vec_rets: 2, ..shape }, 1)
+        } else {
+            (shape, 0)
+        };
+        self.call_named(NAME_NATIVE, native.0, shape, &list).get(result).copied().ok_or(CompileError::Malformed)
     }
 
     /// Calls the portable function.
@@ -93,7 +103,7 @@ impl Lowering<'_> {
     }
 
     /// The op in Cranelift's own, where that computes the same.
-    fn native(&mut self, op: VecOp, imm: u8, [a, b, _]: [Clif; 3]) -> Option<Clif> {
+    fn native(&mut self, op: VecOp, imm: u8, [a, b, c]: [Clif; 3]) -> Option<Clif> {
         use VecOp as O;
         let lanes = |v: O| match v {
             O::Paddb | O::Psubb | O::Pcmpeqb | O::Pcmpgtb | O::Pminub | O::Pminsb | O::Pmaxub | O::Pmaxsb => I8X16,
@@ -101,8 +111,11 @@ impl Lowering<'_> {
             O::Paddw | O::Psubw | O::Pcmpeqw | O::Pcmpgtw | O::Pminuw | O::Pminsw | O::Pmaxuw | O::Pmaxsw => I16X8,
             O::Paddsw | O::Paddusw | O::Psubsw | O::Psubusw | O::Pavgw | O::Pmullw => I16X8,
             O::Paddd | O::Psubd | O::Pcmpeqd | O::Pcmpgtd | O::Pminud | O::Pminsd | O::Pmaxud | O::Pmaxsd => I32X4,
-            O::Pmulld => I32X4,
-            O::Paddq | O::Psubq => I64X2,
+            O::Pmulld | O::Packssdw | O::Packusdw | O::Pabsd => I32X4,
+            O::Packsswb | O::Packuswb | O::Pabsw => I16X8,
+            O::Pmovsxwd | O::Pmovzxwd | O::Pmaddwd => I16X8,
+            O::Pmovsxdq | O::Pmovzxdq => I32X4,
+            O::Paddq | O::Psubq | O::Pcmpeqq | O::Pcmpgtq => I64X2,
             _ => V,
         };
         let v = match op {
@@ -117,10 +130,10 @@ impl Lowering<'_> {
                 self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().isub(x, y))
             }
             O::Pmullw | O::Pmulld => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().imul(x, y)),
-            O::Pcmpeqb | O::Pcmpeqw | O::Pcmpeqd => {
+            O::Pcmpeqb | O::Pcmpeqw | O::Pcmpeqd | O::Pcmpeqq => {
                 self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().icmp(IntCC::Equal, x, y))
             }
-            O::Pcmpgtb | O::Pcmpgtw | O::Pcmpgtd => {
+            O::Pcmpgtb | O::Pcmpgtw | O::Pcmpgtd | O::Pcmpgtq => {
                 self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().icmp(IntCC::SignedGreaterThan, x, y))
             }
             O::Pminub | O::Pminuw | O::Pminud => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().umin(x, y)),
@@ -131,6 +144,17 @@ impl Lowering<'_> {
             O::Paddusb | O::Paddusw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().uadd_sat(x, y)),
             O::Psubsb | O::Psubsw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().ssub_sat(x, y)),
             O::Psubusb | O::Psubusw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().usub_sat(x, y)),
+            O::Packsswb | O::Packssdw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().snarrow(x, y)),
+            O::Packuswb | O::Packusdw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().unarrow(x, y)),
+            O::Pabsb | O::Pabsw | O::Pabsd => self.lanewise(lanes(op), a, a, |l, x, _| l.cur.ins().iabs(x)),
+            O::Pmovsxbw | O::Pmovsxwd | O::Pmovsxdq => {
+                self.lanewise(lanes(op), a, a, |l, x, _| l.cur.ins().swiden_low(x))
+            }
+            O::Pmovzxbw | O::Pmovzxwd | O::Pmovzxdq => {
+                self.lanewise(lanes(op), a, a, |l, x, _| l.cur.ins().uwiden_low(x))
+            }
+            O::Pshufb => self.cur.ins().x86_pshufb(a, b),
+            O::Pblendvb => self.cur.ins().blendv(c, b, a),
             O::Pavgb | O::Pavgw => self.lanewise(lanes(op), a, b, |l, x, y| l.cur.ins().avg_round(x, y)),
             O::PsllwImm | O::PsrlwImm | O::PsrawImm => return Some(self.shift_imm(op, I16X8, imm, a)),
             O::PslldImm | O::PsrldImm | O::PsradImm => return Some(self.shift_imm(op, I32X4, imm, a)),
@@ -150,11 +174,11 @@ impl Lowering<'_> {
             O::Pslldq | O::Psrldq if imm > 15 => self.zero(),
             O::Pslldq => {
                 let z = self.zero();
-                self.shuffle(a, z, |n| if n < imm { 16 } else { n - imm })
+                self.shuffle(z, a, |n| 16 - imm + n)
             }
             O::Psrldq => {
                 let z = self.zero();
-                self.shuffle(a, z, |n| if n + imm > 15 { 16 } else { n + imm })
+                self.shuffle(a, z, |n| n + imm)
             }
             _ => self.shuffle_op(op, imm, a, b)?,
         };

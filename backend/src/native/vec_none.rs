@@ -1,0 +1,13 @@
+//! Vector ops on hosts without code for them: each is computed by its portable function.
+
+use twofold_ir::VecOp;
+
+/// Whether the host computes an op.
+pub(crate) fn exists(_op: VecOp, _imm: u8) -> bool {
+    false
+}
+
+/// The code of an op that [`exists`].
+pub(crate) fn code(_op: VecOp, _imm: u8) -> Vec<u8> {
+    Vec::new()
+}
