@@ -72,7 +72,7 @@ impl Parts {
         std::iter::once(self.first).chain(self.second)
     }
     fn has_io(&self) -> bool {
-        self.iter().any(|p| matches!(p.target, Target::Mmio { .. }))
+        self.iter().any(|p| matches!(p.target, Target::Mmio { .. } | Target::Unmapped))
     }
 }
 
@@ -581,7 +581,7 @@ impl Mmu {
         access: Access,
     ) -> Result<BytesOutcome, Fault> {
         let parts = self.resolve_bytes(space, la, buf.len(), access)?;
-        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. })) {
+        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. } | Target::Unmapped)) {
             return Ok(BytesOutcome::Io(parts));
         }
         let mut rest = buf;
@@ -605,7 +605,7 @@ impl Mmu {
         access: Access,
     ) -> Result<BytesOutcome, Fault> {
         let parts = self.resolve_bytes(space, la, data.len(), access)?;
-        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. })) {
+        if parts.iter().any(|p| matches!(p.target, Target::Mmio { .. } | Target::Unmapped)) {
             return Ok(BytesOutcome::Io(parts));
         }
         let mut rest = data;

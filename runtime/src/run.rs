@@ -223,6 +223,9 @@ fn enter_guest(boot: &mut Vcpu, loaded: &boot::Loaded) {
     if loaded.without_firmware {
         boot.platform().enter_virtual_wire_mode();
     }
+    if loaded.from_bios {
+        boot.platform().leave_as_bios();
+    }
 }
 
 /// The parts of a machine before anything runs.

@@ -239,12 +239,14 @@ impl Vcpu {
     /// Reads a port.
     pub fn io_read(&mut self, port: u16, size: u8) -> u32 {
         self.counters.port_io += 1;
+        self.watch_port(port, size);
         self.with_devices(|p| p.io_read(port, size))
     }
 
     /// Writes a port.
     pub fn io_write(&mut self, port: u16, size: u8, value: u32) {
         self.counters.port_io += 1;
+        self.watch_port(port, size);
         self.with_devices(|p| p.io_write(port, size, value));
     }
 
@@ -253,8 +255,10 @@ impl Vcpu {
         let index = self.index;
         let mut p = self.platform();
         let r = f(&mut p);
-        let look = p.outcome().is_some() || p.interrupt_pending(index).is_some() || p.signals(index) != 0;
+        let yields = self.in_turn && p.take_nmi_sent();
+        let look = yields || p.outcome().is_some() || p.interrupt_pending(index).is_some() || p.signals(index) != 0;
         drop(p);
+        self.yields |= yields;
         if look {
             self.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
         }
@@ -424,6 +428,14 @@ impl Vcpu {
         }
     }
 
+    /// Breakpoints on ports look at an access.
+    #[inline]
+    fn watch_port(&mut self, port: u16, size: u8) {
+        if self.watch.armed {
+            crate::cpu::debug::note_port(&self.state, &mut self.watch, port, size);
+        }
+    }
+
     /// [`Vcpu::watch_access`] of a helper; the processor's own accesses to its tables do not count.
     #[inline]
     fn watch_for(&mut self, la: LinearAddr, size: u64, write: bool, on_behalf: MemAs) {
@@ -535,7 +547,7 @@ impl Vcpu {
             let n = (part.len as usize).min(rest.len());
             let (here, after) = std::mem::take(&mut rest).split_at_mut(n);
             rest = after;
-            if !matches!(part.target, Target::Mmio { .. }) {
+            if !matches!(part.target, Target::Mmio { .. } | Target::Unmapped) {
                 self.shared.map.read(part.pa, here);
                 continue;
             }
@@ -559,7 +571,7 @@ impl Vcpu {
         for part in parts {
             let (here, after) = rest.split_at((part.len as usize).min(rest.len()));
             rest = after;
-            if !matches!(part.target, Target::Mmio { .. }) {
+            if !matches!(part.target, Target::Mmio { .. } | Target::Unmapped) {
                 self.shared.map.write(part.pa, here);
                 if self.mmu.code().note_write(part.pa, here.len() as u64) {
                     crate::exec::slow::drop_written(self);

@@ -94,6 +94,8 @@ pub struct Loaded {
     /// Whether there is no firmware, so that the platform has to be left as firmware leaves it
     /// (`Platform::enter_virtual_wire_mode`).
     pub without_firmware: bool,
+    /// Whether a loader under a PC's firmware is what the guest thinks it comes from (`Platform::leave_as_bios`).
+    pub from_bios: bool,
     /// What went where, a line each, for `-d boot`.
     pub report: Vec<String>,
 }
@@ -108,7 +110,12 @@ pub fn load(config: &Config, map: &PhysMap) -> Result<Loaded, BootError> {
         (Some(image), _, _) => (String::from("kernel"), Cow::Borrowed(&image[..])),
         (None, Some(path), _) => (path.display().to_string(), Cow::Owned(image::read_file(path, config.memory)?)),
         (None, None, Some(_)) => {
-            return Ok(Loaded { entry: EntryState::RESET, without_firmware: false, report: Vec::new() });
+            return Ok(Loaded {
+                entry: EntryState::RESET,
+                without_firmware: false,
+                from_bios: false,
+                report: Vec::new(),
+            });
         }
         (None, None, None) => return Err(BootError::new("nothing to run", Problem::NoKernel)),
     };
@@ -127,7 +134,25 @@ pub fn load(config: &Config, map: &PhysMap) -> Result<Loaded, BootError> {
     if entry.mode == EntryMode::Long64 {
         write_identity_map(map);
     }
-    Ok(Loaded { entry, without_firmware: true, report })
+    let from_bios = format == Format::Multiboot;
+    if from_bios {
+        write_interrupt_vectors(map);
+    }
+    Ok(Loaded { entry, without_firmware: true, from_bios, report })
+}
+
+/// Real-mode interrupt vectors as a PC's firmware has them ready: all return at once, that of the timer after its EOI. The
+/// code is in 16 bytes of the BIOS data area that are for anybody.
+fn write_interrupt_vectors(map: &PhysMap) {
+    const CODE: u16 = 0x4f0;
+    const TIMER: u64 = 8;
+    // PUSH AX; MOV AL, 20H; OUT 20H, AL; POP AX; IRET
+    const EOI: [u8; 7] = [0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf];
+    map.write(PhysAddr(u64::from(CODE)), &EOI);
+    for vector in 0..256 {
+        let offset = if vector == TIMER { CODE } else { CODE + EOI.len() as u16 - 1 };
+        map.write(PhysAddr(4 * vector), &u32::from(offset).to_le_bytes());
+    }
 }
 
 /// What a loader works with.

@@ -1,10 +1,10 @@
-//! The debug registers at work: breakpoints on instructions and on data.
+//! The debug registers at work: breakpoints on instructions, data and I/O ports.
 //!
 //! Place in the pipeline: while DR7 enables a breakpoint the dispatcher runs one instruction at a time in the evaluator, asks
 //! [`instruction_hits`] before it, and takes what the accesses of [`note_access`] gathered after it. Invariant: with no
-//! breakpoint enabled nothing here runs (SDM Vol 3B, "Debug Registers"). Breakpoints on I/O ports are not there.
+//! breakpoint enabled nothing here runs (SDM Vol 3B, "Debug Registers").
 
-use twofold_arch::control::rflags;
+use twofold_arch::control::{cr4, rflags};
 use twofold_arch::{CpuState, LinearAddr};
 
 use super::mode::{CS, is_64bit};
@@ -15,6 +15,8 @@ const ENABLES: u64 = 0xff;
 /// What a breakpoint waits for (the R/W fields of DR7).
 const EXECUTE: u64 = 0;
 const WRITE: u64 = 1;
+/// With CR4.DE only.
+const PORT: u64 = 2;
 const READ_WRITE: u64 = 3;
 
 /// Data breakpoints of one processor between their match and their delivery.
@@ -88,6 +90,20 @@ pub fn note_access(s: &CpuState, watch: &mut Watch, la: LinearAddr, size: u64, w
     }
 }
 
+/// Compares an access to `size` bytes from `port` with the breakpoints on ports. It is a trap, as those on data are.
+#[cold]
+pub fn note_port(s: &CpuState, watch: &mut Watch, port: u16, size: u8) {
+    if s.cr4 & cr4::DE == 0 {
+        return;
+    }
+    for (n, _, len) in enabled(s).filter(|(_, what, _)| *what == PORT) {
+        let start = s.dr[n] & !(len - 1);
+        if u64::from(port) < start.saturating_add(len) && start < u64::from(port) + u64::from(size) {
+            watch.hits |= 1 << n;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +130,23 @@ mod tests {
         assert_eq!(hit(0xff8, 8, true), 0);
         assert_eq!(hit(0x1004, 4, true), 0);
         assert_eq!(hit(0x1000, 4, false), 0);
+    }
+
+    #[test]
+    fn a_breakpoint_on_a_port_matches_with_cr4_de() {
+        // DR1, global, two bytes.
+        let mut s = state(0x0060_0408, 0x3f8);
+        let hit = |s: &CpuState, port: u16, size: u8| {
+            let mut w = Watch::default();
+            note_port(s, &mut w, port, size);
+            w.take(false)
+        };
+        assert_eq!(hit(&s, 0x3f8, 1), 0, "without CR4.DE the encoding is undefined");
+        s.cr4 = cr4::DE;
+        assert_eq!(hit(&s, 0x3f9, 1), 2);
+        assert_eq!(hit(&s, 0x3f6, 4), 2);
+        assert_eq!(hit(&s, 0x3f6, 2), 0);
+        assert_eq!(hit(&s, 0x3fa, 1), 0);
     }
 
     #[test]

@@ -174,6 +174,7 @@ pub fn write(v: &mut Vcpu, number: u32, value: u64) -> Result<(), Trap> {
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             // IA32_APIC_BASE.EXTD is reserved where there is no x2APIC mode.
             require(number != msr::APIC_BASE || v.model.has(Bit::X2apic) || value & 1 << 10 == 0)?;
+            require(number != msr::APIC_BASE || value >> v.model.phys_bits == 0)?;
             let index = v.index;
             v.with_devices(|p| p.apic_msr_write(index, number, value)).map_err(|()| GP0)?;
         }

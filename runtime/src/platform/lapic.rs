@@ -401,7 +401,8 @@ impl LocalApic {
     }
 
     fn current_count(&self, now: u64) -> u32 {
-        if self.initial_count == 0 || self.timer_mode() == TimerMode::TscDeadline {
+        // A count that ended stays at zero, also when the timer becomes periodic.
+        if self.deadline.is_none() || self.timer_mode() == TimerMode::TscDeadline {
             return 0;
         }
         let elapsed = now.saturating_sub(self.started) / self.count_ns();
@@ -626,6 +627,12 @@ impl LocalApic {
         }
     }
 
+    /// The page of the registers in xAPIC mode.
+    #[must_use]
+    pub fn page(&self) -> u64 {
+        self.base & !0xfff
+    }
+
     /// SDM Vol 3A, "x2APIC State Transitions": the modes that may follow one another.
     fn write_base(&mut self, value: u64) -> Result<(), ()> {
         let reserved = 0xff | 1 << 9 | !((1u64 << 46) - 1);
@@ -639,7 +646,7 @@ impl LocalApic {
         }
         if was != 0 && is == 0 {
             let fresh = Self::new(self.initial_id, false);
-            *self = Self { id: self.id, tsc_offset: self.tsc_offset, ..fresh };
+            *self = Self { tsc_offset: self.tsc_offset, ..fresh };
         }
         self.base = value;
         Ok(())

@@ -42,7 +42,7 @@ use pit::Pit;
 use rtc::Rtc;
 use uart::Uart;
 
-/// Physical address of the local APICs' registers, one page. It does not move with IA32_APIC_BASE.
+/// Physical address of the local APICs' registers after a reset, one page. IA32_APIC_BASE moves them to anywhere that is no RAM, ROM or device.
 pub const LAPIC_BASE: u64 = 0xfee0_0000;
 /// Physical address of the I/O APIC's registers, one page.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
@@ -144,6 +144,7 @@ const NEVER: u64 = u64::MAX;
 pub struct Platform {
     clock: Clock,
     cpus: Vec<Cpu>,
+    nmi_sent: bool,
     ioapic: IoApic,
     pic: DualPic,
     pit: Pit,
@@ -181,6 +182,7 @@ impl Platform {
     pub fn new(setup: Setup) -> Self {
         let cpus = setup.cpus.clamp(1, crate::config::MAX_CPUS);
         let mut platform = Self {
+            nmi_sent: false,
             cpus: (0..cpus).map(Cpu::new).collect(),
             ioapic: IoApic::new(),
             pic: DualPic::new(),
@@ -245,6 +247,34 @@ impl Platform {
     pub fn enter_virtual_wire_mode(&mut self) {
         self.cpus[0].apic.enter_virtual_wire_mode();
         self.refresh(0);
+    }
+
+    /// What a PC's BIOS leaves running besides: the 8259s at vectors 8 and 70H with the timer's line open, and the timer at
+    /// 18.2 Hz.
+    pub fn leave_as_bios(&mut self) {
+        let writes = [
+            (0x20, 0x11),
+            (0x21, 8),
+            (0x21, 4),
+            (0x21, 1),
+            (0xa0, 0x11),
+            (0xa1, 0x70),
+            (0xa1, 2),
+            (0xa1, 1),
+            (0x21, 0xfa),
+            (0xa1, 0xff),
+            (0x43, 0x34),
+            (0x40, 0),
+            (0x40, 0),
+        ];
+        for (port, value) in writes {
+            self.io_write(port, 1, value);
+        }
+    }
+
+    /// Whether an NMI went from one processor to others since this was last asked: who takes turns lets them have it.
+    pub fn take_nmi_sent(&mut self) -> bool {
+        std::mem::take(&mut self.nmi_sent)
     }
 
     /// The machine's devices as after a reset; consoles stay connected.
@@ -517,7 +547,12 @@ impl Platform {
                 self.ioapic.eoi(vector);
                 self.deliver_ioapic();
             }
-            Effect::Send(message) => self.deliver(message, Some(cpu)),
+            Effect::Send(message) => {
+                let others =
+                    (0..self.cpus.len()).any(|i| i != cpu && message.selects(&self.cpus[i].apic, i, Some(cpu)));
+                self.nmi_sent |= others && message.delivery == lapic::Delivery::Nmi;
+                self.deliver(message, Some(cpu));
+            }
         }
         self.refresh(cpu);
         self.reschedule();
@@ -542,6 +577,11 @@ impl Platform {
 
     // ---- device memory and APIC registers ---------------------------------------------------------------------------
 
+    /// Whether the registers of the processor's local APIC are in this page.
+    fn is_apic_page(&self, cpu: usize, page: u64) -> bool {
+        self.cpus.get(cpu).is_some_and(|c| c.apic.is_xapic() && c.apic.page() == page)
+    }
+
     /// Reads `size` (1, 2, 4, 8) bytes of device memory as processor `cpu`; all ones where nothing is.
     pub fn mmio_read(&mut self, cpu: usize, addr: PhysAddr, size: u8) -> u64 {
         self.counters.mmio += 1;
@@ -549,8 +589,8 @@ impl Platform {
         self.expire_apic(cpu, now);
         let ones = u64::MAX >> (64 - 8 * u32::from(size.clamp(1, 8)));
         let word = match addr.0 & !0xfff {
-            LAPIC_BASE => match self.cpus.get_mut(cpu) {
-                Some(c) if c.apic.is_xapic() => u64::from(c.apic.mmio_read(addr.0 as u32 & 0xff0, now)),
+            page if self.is_apic_page(cpu, page) => match self.cpus.get_mut(cpu) {
+                Some(c) => u64::from(c.apic.mmio_read(addr.0 as u32 & 0xff0, now)),
                 _ => return ones,
             },
             IOAPIC_BASE => u64::from(self.ioapic.mmio_read(addr.0 as u32 & 0xff0)),
@@ -576,12 +616,10 @@ impl Platform {
         }
         let now = self.clock.now_ns();
         match addr.0 & !0xfff {
-            LAPIC_BASE => {
+            page if self.is_apic_page(cpu, page) => {
                 let Some(c) = self.cpus.get_mut(cpu) else { return };
-                if c.apic.is_xapic() {
-                    let effect = c.apic.mmio_write(addr.0 as u32 & 0xff0, value as u32, now);
-                    self.apply(cpu, effect);
-                }
+                let effect = c.apic.mmio_write(addr.0 as u32 & 0xff0, value as u32, now);
+                self.apply(cpu, effect);
             }
             IOAPIC_BASE => {
                 self.ioapic.mmio_write(addr.0 as u32 & 0xff0, value as u32);
