@@ -27,7 +27,7 @@ pub struct Kernel {
     pub what: &'static str,
     /// Guest instructions in one turn, on average.
     pub instructions: f64,
-    body: Emit,
+    pub(crate) body: Emit,
 }
 
 /// All kernels. RCX counts; RSI points to 1 MiB of data; the other registers are the body's.

@@ -1,9 +1,12 @@
 //! What the whole-guest benchmarks share: timed child processes with peak memory, medians, and small guests to time.
 //!
-//! A measured run is a child process with closed stdin. Its wall time is from spawn to exit; peak resident memory and CPU
-//! time are polled from `/proc` (`VmHWM` only grows, so the last poll before the exit is the peak but for the last few
-//! milliseconds).
+//! A measured run is a child process with closed stdin, one at a time. Its wall time is from spawn to exit; its CPU time is what
+//! the kernel says when it has ended; peak resident memory is polled from `/proc` (`VmHWM` only grows, so the last poll before
+//! the exit is the peak but for the last few milliseconds).
+#![allow(unsafe_code)] // getrusage
 
+pub mod guests;
+pub mod hypervisor;
 pub mod kernels;
 pub mod suite;
 
@@ -36,6 +39,7 @@ pub struct Run {
 /// # Errors
 /// When the process cannot be started or waited for.
 pub fn measure(command: &mut Command, marker: &str, limit: Duration) -> std::io::Result<Run> {
+    let before = cpu_of_children();
     let start = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let pid = child.id();
@@ -58,13 +62,10 @@ pub fn measure(command: &mut Command, marker: &str, limit: Duration) -> std::io:
         let _ = err.read_to_end(&mut all);
         all
     });
-    let (mut peak_rss, mut cpu) = (0, Duration::ZERO);
+    let mut peak_rss = 0;
     let status = loop {
         if let Some(rss) = peak_rss_of(pid) {
             peak_rss = rss;
-        }
-        if let Some(now) = cpu_of(pid) {
-            cpu = now;
         }
         if let Some(status) = child.try_wait()? {
             break status;
@@ -75,7 +76,7 @@ pub fn measure(command: &mut Command, marker: &str, limit: Duration) -> std::io:
         }
         std::thread::sleep(Duration::from_millis(4));
     };
-    let wall = start.elapsed();
+    let (wall, cpu) = (start.elapsed(), cpu_of_children().saturating_sub(before));
     let (stdout, marker) = stdout.join().unwrap_or_default();
     let stderr = stderr.join().unwrap_or_default();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
@@ -116,12 +117,16 @@ fn peak_rss_of(pid: u32) -> Option<u64> {
     Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }
 
-/// User plus system time of a live process (`proc(5)`, fields 14 and 15, in ticks of 10 ms).
-fn cpu_of(pid: u32) -> Option<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
-    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    Some(Duration::from_millis(ticks * 10))
+/// User plus system time of all children that have been waited for.
+fn cpu_of_children() -> Duration {
+    // SAFETY: the structure is plain numbers, and the call fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage);
+        usage
+    };
+    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    time(usage.ru_utime) + time(usage.ru_stime)
 }
 
 /// The middle value; `None` of nothing.

@@ -80,6 +80,7 @@ impl EptControls {
     }
 
     /// What is wrong with a present entry at `level` (1 is the page table), if anything.
+    #[inline]
     fn misconfigured(&self, entry: u64, level: u8) -> Option<EptReason> {
         if entry & R == 0 {
             if entry & W != 0 {
@@ -350,6 +351,7 @@ impl EptWalk {
         (page.0 & access.need == access.need).then_some(page)
     }
 
+    #[inline]
     fn page(&self, c: &EptControls, rights: u64, level: u8) -> EptPage {
         let leaf = self.read().last().map_or(0, |s| s.entry);
         let size = match level {

@@ -117,6 +117,12 @@ impl GpaCache {
         (e.tag == self.large_tag(gpa) && e.page.0 & PS == 0).then_some(e.page)
     }
 
+    /// Whether no page has the place of the page of `gpa`.
+    #[inline]
+    fn is_free(&self, gpa: GuestPhysAddr) -> bool {
+        self.small[slot(gpa, 12, SMALL)].tag % EPOCHS != self.epoch
+    }
+
     fn insert_small(&mut self, gpa: GuestPhysAddr, page: EptPage, walk: &EptWalk) {
         self.small[slot(gpa, 12, SMALL)] = Entry { tag: gpa.page().0 | self.epoch, page, leaf: walk.leaf() };
     }
@@ -201,6 +207,29 @@ impl<'a> Nested<'a> {
             }
         }
         self.cached(gpa, need)
+    }
+
+    /// The page of `gpa` for the access of `need` that a linear address ends in, by the EPT page table of its region, if that is
+    /// cached. The page is cached only where that drives out no other: pages of data are many, and would take the places of
+    /// those with paging structures.
+    #[inline]
+    fn in_region(&mut self, gpa: GuestPhysAddr, need: u64) -> Option<EptPage> {
+        if self.bypass {
+            return None;
+        }
+        let cache = self.cache.as_deref_mut()?;
+        let table = cache.table(gpa)?;
+        self.counts.walks += 1;
+        self.counts.entries_read += 1;
+        let access = EptAccess { need, qualification: 0, la: None };
+        let mut walk = EptWalk::new();
+        let page = walk.last_level(&self.controls, self.memory, gpa, table, &access)?;
+        // The table may have been found in what is not in memory any more.
+        self.counts.hits += 1;
+        if cache.is_free(gpa) {
+            cache.insert_small(gpa, page, &walk);
+        }
+        Some(page)
     }
 
     /// The page of `gpa`, if `access` is allowed.
@@ -329,7 +358,7 @@ impl GuestPhysical for Nested<'_> {
     ) -> Result<Frame, EptFault> {
         let need = Self::need(&self.controls, kind, rights.user);
         let cached = if kind == AccessKind::Write { self.cached_dirty(at, need) } else { self.cached(at, need) };
-        let page = match cached {
+        let page = match cached.or_else(|| self.in_region(at, need)) {
             Some(page) => page,
             None => {
                 let access = Self::access(&self.controls, kind, Some((la, rights)));

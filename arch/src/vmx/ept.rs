@@ -43,6 +43,7 @@ pub mod memory_type {
     pub const WB: u64 = 6;
 
     /// Whether `t` is a memory type at all; 2, 3 and 7 are reserved.
+    #[inline]
     #[must_use]
     pub const fn is_valid(t: u64) -> bool {
         matches!(t, UC | WC | WT | WP | WB)
@@ -50,6 +51,7 @@ pub mod memory_type {
 }
 
 /// Reserved in every present EPT entry: bits 51:MAXPHYADDR.
+#[inline]
 #[must_use]
 pub const fn reserved(maxphyaddr: u32) -> u64 {
     bits(51, maxphyaddr)
@@ -57,12 +59,14 @@ pub const fn reserved(maxphyaddr: u32) -> u64 {
 
 /// Reserved, besides, in an entry that references another EPT paging structure: 7:3 (6:3 above which bit 7 is PS = 0).
 /// At the top levels, where no page can be mapped, bit 7 is reserved too.
+#[inline]
 #[must_use]
 pub const fn table_reserved(may_map_page: bool) -> u64 {
     if may_map_page { bits(6, 3) } else { bits(7, 3) }
 }
 
 /// Reserved, besides, in an entry that maps a page of `1 << shift` bytes: address bits below the page size.
+#[inline]
 #[must_use]
 pub const fn page_reserved(shift: u8) -> u64 {
     bits(shift as u32 - 1, 12)
