@@ -178,9 +178,12 @@ pub fn image(place: Place, work: Work<'_>, turns: u64) -> Result<Vec<u8>, IcedEr
     Ok(m.0)
 }
 
-/// From Multiboot's 32-bit mode to 64-bit mode.
+/// From Multiboot's 32-bit mode to 64-bit mode, with the interrupt controllers masked: firmware may have left a timer running.
 fn enter_64_bit() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(32)?;
+    a.mov(eax, 0xff)?;
+    a.out(0x21, al)?;
+    a.out(0xa1, al)?;
     a.mov(eax, 0xa0)?;
     a.mov(cr4, eax)?;
     a.mov(eax, TABLES)?;
