@@ -1,7 +1,8 @@
 //! The optimising tier's compiler: blocks that lead to each other in, one piece of host code out.
 //!
 //! Place in the pipeline: `lower::region` makes the CLIF, Cranelift optimises; what comes out is installed like a block's code
-//! and entered like it, at its first block. Unlike the quick tier's, the code is left as Cranelift wrote it.
+//! and entered like it, at its first block. Unlike the quick tier's, the code is left as Cranelift wrote it, but for
+//! registers that are saved without need.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -133,6 +134,8 @@ fn place(
     let mut out = vec![0xcc; HEADER - ENTRY.len()];
     out.extend(ENTRY);
     out.extend(code);
+    let jumps = relocs.iter().filter(|r| code.get((r.0 as usize).wrapping_sub(1)) == Some(&0xe9));
+    leave_out_saves(&mut out[HEADER..], jumps.map(|r| r.0 as usize - 1));
     let (mut calls, mut slots, mut returns) = (Vec::new(), Vec::new(), Vec::new());
     let mut routines = HashMap::new();
     for &(at, target, site) in relocs {
@@ -184,4 +187,72 @@ fn place(
         first_slot: REGION_SLOTS,
         sites: lowered.sites,
     })
+}
+
+/// `push rbp; mov rbp, rsp`
+const PROLOGUE: [u8; 4] = [0x55, 0x48, 0x89, 0xe5];
+/// `mov rsp, rbp; pop rbp`
+const UNFRAME: [u8; 4] = [0x48, 0x89, 0xec, 0x5d];
+
+/// `enter` has saved the callee-saved registers for everybody: saving them again at the start, and restoring them before the jumps
+/// out, becomes NOPs. What does not look as expected stays.
+fn leave_out_saves(code: &mut [u8], jumps: impl Iterator<Item = usize>) {
+    let Some(rest) = code.strip_prefix(&PROLOGUE) else { return };
+    // sub rsp, imm8 or imm32
+    let sub = match rest {
+        [0x48, 0x83, 0xec, ..] => 4,
+        [0x48, 0x81, 0xec, ..] => 7,
+        _ => return,
+    };
+    let start = PROLOGUE.len() + sub;
+    let mut end = start;
+    while let Some(n) = code.get(end..).and_then(saved) {
+        end += n;
+    }
+    // Each `mov reg, [rsp + at]` undoes a `mov [rsp + at], reg`: one bit tells them apart.
+    let saves: Vec<u8> = code[start..end].to_vec();
+    let mut free = code[PROLOGUE.len()..start].to_vec();
+    free[2] = 0xc4;
+    let tail = [free.as_slice(), &UNFRAME].concat();
+    nops(&mut code[start..end]);
+    for jump in jumps {
+        let Some(restores) = jump.checked_sub(tail.len() + saves.len()) else { continue };
+        let (found, after) = code[restores..jump].split_at_mut(saves.len());
+        let undone = found.iter().zip(&saves).all(|(&x, &y)| x == y || (x, y) == (0x8b, 0x89));
+        if undone && after == tail {
+            nops(found);
+        }
+    }
+}
+
+/// The length of `mov [rsp + at], reg` at the start of `code`, where `reg` is callee-saved.
+fn saved(code: &[u8]) -> Option<usize> {
+    let [rex @ (0x48 | 0x4c), 0x89, modrm, 0x24, ..] = *code else { return None };
+    let reg = (modrm >> 3 & 7) | (rex & 4) << 1;
+    let len = match modrm & 0xc7 {
+        0x04 => 4,
+        0x44 => 5,
+        0x84 => 8,
+        _ => return None,
+    };
+    (matches!(reg, 3 | 12..=15) && code.len() >= len).then_some(len)
+}
+
+fn nops(mut code: &mut [u8]) {
+    const NOPS: [&[u8]; 9] = [
+        &[0x90],
+        &[0x66, 0x90],
+        &[0x0f, 0x1f, 0x00],
+        &[0x0f, 0x1f, 0x40, 0],
+        &[0x0f, 0x1f, 0x44, 0, 0],
+        &[0x66, 0x0f, 0x1f, 0x44, 0, 0],
+        &[0x0f, 0x1f, 0x80, 0, 0, 0, 0],
+        &[0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0],
+        &[0x66, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0],
+    ];
+    while !code.is_empty() {
+        let (head, rest) = code.split_at_mut(code.len().min(NOPS.len()));
+        head.copy_from_slice(NOPS[head.len() - 1]);
+        code = rest;
+    }
 }

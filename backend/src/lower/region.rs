@@ -131,7 +131,9 @@ fn impure(op: &Op) -> bool {
 
 fn dirty_after(slots: &Slots, op: &Op, dirty: u64) -> u64 {
     match *op {
-        Op::Put { ty, loc, .. } => slots.find(ty, loc).map_or(dirty, |p| dirty | 1 << p.slot),
+        Op::Put { ty, loc, .. } => {
+            slots.find(ty, loc).filter(|p| slots.lazy(p.slot)).map_or(dirty, |p| dirty | 1 << p.slot)
+        }
         _ if impure(op) => 0,
         _ => dirty,
     }

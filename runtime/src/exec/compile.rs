@@ -136,10 +136,11 @@ impl Inbox {
             if let Some(job) = waiting.hot.pop_front() {
                 return Some(job);
             }
-            if let Some(job) = waiting.regions.pop_front() {
+            if let Some(job) = waiting.warm.pop_front() {
                 return Some(job);
             }
-            if let Some(job) = waiting.warm.pop_front() {
+            // Each takes as long as a hundred blocks, which would go on in the evaluator.
+            if let Some(job) = waiting.regions.pop_front() {
                 return Some(job);
             }
             waiting = self.filled.wait(waiting).unwrap_or_else(PoisonError::into_inner);

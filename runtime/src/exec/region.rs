@@ -26,13 +26,13 @@ const HOT_SAMPLES: u32 = 10;
 /// Blocks that are recorded after a sample.
 const PATH: u32 = 64;
 /// Most blocks of a region.
-const MAX_BLOCKS: usize = 48;
+const MAX_BLOCKS: usize = 24;
 /// Most guest instructions of a region.
-const MAX_INSNS: usize = 500;
+const MAX_INSNS: usize = 200;
 /// Most pages.
 const MAX_PAGES: usize = 8;
 /// Blocks that are reached by fewer of the ways from the root are left out.
-const MIN_FLOW: f64 = 1.0 / 32.0;
+const MIN_FLOW: f64 = 1.0 / 16.0;
 /// Fewer guest instructions are not worth a region that is no loop.
 const MIN_INSNS: usize = 16;
 /// Targets of an indirect exit that are tried one after the other.

@@ -80,6 +80,11 @@ impl Slots {
         let slot = self.fields.iter().position(|f| f.0 == start)?;
         Some(Place { slot, off: loc.0 - start })
     }
+    /// Whether a slot is written back late.
+    pub fn lazy(&self, slot: usize) -> bool {
+        let loc = self.fields[slot].0;
+        !GPRS.contains(&loc)
+    }
     /// The slots of the lazy flags.
     pub fn flags(&self) -> u64 {
         self.overlapping(Loc::CC_DST.0, Loc::CC_OP.0 + 4)
@@ -133,7 +138,12 @@ impl RegionLowering<'_> {
             return;
         };
         let (old, have) = (self.values[p.slot], self.slots.field(p.slot).1);
-        self.dirty |= 1 << p.slot;
+        let lazy = self.slots.lazy(p.slot);
+        if lazy {
+            self.dirty |= 1 << p.slot;
+        } else {
+            self.l.store_state(v, loc.0.into());
+        }
         self.values[p.slot] = if is_vector(have) {
             if ty == Ty::V128 {
                 v
