@@ -114,6 +114,11 @@ fn store_table(t: &mut Translator<'_>, idt: u64) {
 }
 
 fn load_selector(t: &mut Translator<'_>, helper: Helper) {
+    if t.is_mem(0) {
+        // A VM exit comes before the faults of the operand; reading the register has the same one.
+        let sldt = t.c64(0);
+        t.call(Helper::StoreSystem, &[sldt]);
+    }
     let v = t.read_op_as(0, Ty::I16);
     t.call(helper, &[v]);
 }

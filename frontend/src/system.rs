@@ -105,8 +105,10 @@ fn write_numbered(t: &mut Translator<'_>, helper: Helper) {
 }
 
 fn lmsw(t: &mut Translator<'_>) {
+    // Its exit depends on the operand, so that is read first.
     let v = t.read_op_as(0, Ty::I16);
-    t.call(Helper::Lmsw, &[v]);
+    let la = if t.is_mem(0) { t.mem_addr_unaligned(1, Access::Read) } else { t.c64(0) };
+    t.call(Helper::Lmsw, &[v, la]);
     t.end_dispatch();
 }
 

@@ -163,8 +163,8 @@ helpers! {
     ReadCr "read_cr" (1) faults;
     /// (register number, value): MOV to CRn.
     WriteCr "write_cr" (2) faults;
-    /// (value): LMSW.
-    Lmsw "lmsw" (1) faults;
+    /// (value, linear address of its memory operand or 0): LMSW.
+    Lmsw "lmsw" (2) faults;
     /// CLTS.
     Clts "clts" (0) faults;
     /// (register number): MOV from DRn.

@@ -20,6 +20,7 @@ use crate::stats::{self, RunFacts};
 use crate::symbols::{SymbolTable, Symbols};
 use crate::trace::Trace;
 use crate::vcpu::{Shared, Shutdown, Vcpu};
+use crate::vmx::VmxStats;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,8 +127,9 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
     waker.detach();
     // The one that ended the run holds the blocks; the file tells of it and of what all retired.
     let total = vcpus.iter().map(|v| v.state.retired).sum();
+    let vmx = vcpus.iter().fold(VmxStats::default(), |sum, v| sum.with(&v.vmx.stats));
     let vcpu = &mut vcpus[last];
-    vcpu.state.retired = total;
+    (vcpu.state.retired, vcpu.vmx.stats) = (total, vmx);
     vcpu.platform().flush();
     vcpu.trace.flush();
     let ending = match end {

@@ -410,7 +410,11 @@ impl Vcpu {
         let user = self.state.cpl == 3;
         let r = self.mmu.translate_fetch(&self.space, la, user);
         self.after_fill(la, Access::fetch(user), r.as_ref().err());
-        Ok(r.map_err(|f| self.trap_of(f, false))?.pa)
+        let pa = r.map_err(|f| self.trap_of(f, false))?.pa;
+        if self.vmx.non_root {
+            vmx::apic::check_fetch(self, la, pa)?;
+        }
+        Ok(pa)
     }
 
     /// Puts an entry in the jump cache for the code at `la`.

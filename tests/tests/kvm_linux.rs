@@ -143,7 +143,7 @@ fn debian_boots_debian_and_everything_is_flushed() {
     boot("kvm-linux-full", AMD64, "", &["--flush-policy", "full"]);
 }
 
-/// L3: KVM in L2 runs a guest, so L1's KVM emulates VMX for it: shadow VMCSs, merged bitmaps, EPT on EPT.
+/// G9, L3: KVM in L2 runs a guest, so L1's KVM emulates VMX for it: shadow VMCSs, merged bitmaps, EPT on EPT.
 #[test]
 fn l2_runs_a_guest() {
     let Some(run) = boot("kvm-linux-l3", WITH_L3, "", &[]) else { return };

@@ -191,7 +191,7 @@ impl<'v> Report<'v> {
         }
     }
 
-    /// VM exits: `reason: {count, seconds}` or plain counts.
+    /// VM exits by reason: how many, and what L1 took for each, from the exit to the next entry; the costliest first.
     fn exits(&mut self) {
         let entries = self.number("/vmx/entries");
         let Some(Value::Object(exits)) = self.get("/vmx/exits") else { return };
@@ -199,13 +199,33 @@ impl<'v> Report<'v> {
             return;
         }
         self.heading("VM exits");
+        let (guest, transitions) = (self.number("/vmx/guest_seconds"), self.number("/vmx/transition_seconds"));
         self.row("entries", &count(entries));
-        for (reason, value) in exits {
-            let text = match value {
-                Value::Object(fields) => fields.iter().map(|(k, v)| format!("{k} {v}")).collect::<Vec<_>>().join(", "),
-                other => count(other.as_f64().unwrap_or(0.0)),
-            };
-            self.row(reason, &text);
+        self.row("in the guest", &format!("{guest:.3} s"));
+        self.row("entering and leaving", &format!("{transitions:.3} s"));
+        let mut rows: Vec<_> = exits.iter().map(|(reason, value)| (reason.as_str(), Exits::of(value))).collect();
+        rows.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds).then(b.1.count.total_cmp(&a.1.count)));
+        let all = rows.iter().fold((0.0, 0.0), |sum, (_, e)| (sum.0 + e.count, sum.1 + e.seconds));
+        let share = |part: f64, whole: f64| if whole > 0.0 { 100.0 * part / whole } else { 0.0 };
+        let _ = writeln!(
+            self.out,
+            "  {:<30} {:>12} {:>7} {:>11} {:>7} {:>10} {:>10} {:>10}",
+            "reason", "exits", "share", "handled s", "share", "mean µs", "min µs", "max µs"
+        );
+        for (reason, e) in rows {
+            let mean = if e.count > 0.0 { e.seconds / e.count } else { 0.0 };
+            let _ = writeln!(
+                self.out,
+                "  {:<30} {:>12} {:>5.1} % {:>11.4} {:>5.1} % {:>10.2} {:>10.2} {:>10.2}",
+                reason,
+                count(e.count),
+                share(e.count, all.0),
+                e.seconds,
+                share(e.seconds, all.1),
+                1e6 * mean,
+                1e6 * e.min,
+                1e6 * e.max,
+            );
         }
     }
 
@@ -249,6 +269,26 @@ impl<'v> Report<'v> {
         for (pointer, value) in rows {
             let name = pointer.trim_start_matches('/').replace('/', ".");
             let _ = writeln!(self.out, "  {name:<40} {value}");
+        }
+    }
+}
+
+/// The exits of one reason.
+struct Exits {
+    count: f64,
+    seconds: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Exits {
+    fn of(value: &Value) -> Self {
+        let number = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or(0.0);
+        Exits {
+            count: value.as_f64().unwrap_or_else(|| number("count")),
+            seconds: number("seconds"),
+            min: number("min_seconds"),
+            max: number("max_seconds"),
         }
     }
 }
@@ -317,6 +357,10 @@ mod tests {
             "run": {"exit": "PowerOff", "exit_status": 0, "wall_seconds": 2.0, "cpu_seconds": 2.5},
             "execution": {"guest_instructions": 4000, "by_tier": {"eval": 1000, "quick": 3000}, "exceptions": {"14": 7}},
             "hot": [{"address": "0x1000", "executions": 100, "instructions": 10, "symbol": "memcpy", "tier": "quick"}],
+            "vmx": {"entries": 12, "exits": {
+                "HLT": {"count": 2, "seconds": 0.25, "min_seconds": 0.0},
+                "CPUID": {"count": 10, "seconds": 0.75, "min_seconds": 0.05, "max_seconds": 0.1},
+            }},
             "added_later": {"deep": {"key": 12345}},
         });
         let text = Report::new(&value).text();
@@ -327,6 +371,7 @@ mod tests {
             "#PF (14)",
             "25.0 %  quick  memcpy",
             "added_later.deep.key                     12,345",
+            "CPUID                                    10  83.3 %      0.7500  75.0 %   75000.00   50000.00  100000.00\n  HLT",
         ] {
             assert!(text.contains(part), "{part:?} is missing:\n{text}");
         }

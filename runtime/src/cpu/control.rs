@@ -226,10 +226,10 @@ pub fn write_efer(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
     Ok(())
 }
 
-/// LMSW: the low four bits of CR0; PE can be set, not cleared.
-pub fn lmsw(v: &mut Vcpu, value: u64) -> Helped {
+/// LMSW: the low four bits of CR0; PE can be set, not cleared. `la` is where its operand is, if in memory.
+pub fn lmsw(v: &mut Vcpu, value: u64, la: u64) -> Helped {
     privileged(v)?;
-    let value = if v.vmx.non_root { intercept::lmsw(v, value)? } else { value };
+    let value = if v.vmx.non_root { intercept::lmsw(v, value, la)? } else { value };
     let keep_pe = v.state.cr0 & cr0::PE;
     let value = v.state.cr0 & !0xf | value & 0xf | keep_pe;
     write_cr0(v, value)?;

@@ -206,8 +206,8 @@ impl Run {
 
     /// A repeated instruction: as much as one call may do.
     fn repeat(&self, v: &mut Vcpu) -> Helped {
-        // A single step is one iteration.
-        let stepping = v.state.rflags_sys & twofold_arch::control::rflags::TF != 0;
+        // A single step is one iteration, and so is what an MTF VM exit follows.
+        let stepping = v.state.rflags_sys & twofold_arch::control::rflags::TF != 0 || crate::vmx::monitor_trap_flag(v);
         let mut budget = if stepping { self.bytes } else { MAX_BYTES };
         let mut singles = 0;
         loop {

@@ -83,7 +83,7 @@ table! { v, a, b, c, d;
     ProbeSelector => segments::probe_selector(v, a as u16, b),
     ReadCr => control::read_cr(v, a),
     WriteCr => control::write_cr(v, a, b),
-    Lmsw => control::lmsw(v, a),
+    Lmsw => control::lmsw(v, a, b),
     Clts => control::clts(v),
     ReadDr => ops::read_dr(v, a),
     WriteDr => ops::write_dr(v, a, b),

@@ -235,6 +235,18 @@ fn access_exit(v: &mut Vcpu, la: LinearAddr, offset: u64, kind: ApicAccessType) 
     Trap::VmExit
 }
 
+/// A fetch from `pa`: from the APIC-access page it exits.
+///
+/// # Errors
+/// The VM exit.
+#[inline]
+pub fn check_fetch(v: &mut Vcpu, la: LinearAddr, pa: PhysAddr) -> Result<(), Trap> {
+    if access_page(v).is_none_or(|page| page != pa.page()) {
+        return Ok(());
+    }
+    Err(access_exit(v, la, pa.page_offset(), ApicAccessType::LinearFetch))
+}
+
 /// A read of `buf.len()` bytes at `pa` in the APIC-access page.
 ///
 /// # Errors

@@ -242,13 +242,15 @@ pub fn clts(v: &mut Vcpu) -> Result<bool, Trap> {
     Ok(false)
 }
 
-/// LMSW: the value of CR0's low four bits to load, PE aside.
-pub fn lmsw(v: &mut Vcpu, value: u64) -> Result<u64, Trap> {
+/// LMSW: the value of CR0's low four bits to load, PE aside; `la` is where its operand is, if in memory.
+pub fn lmsw(v: &mut Vcpu, value: u64, la: u64) -> Result<u64, Trap> {
     const REST: u64 = cr0::MP | cr0::EM | cr0::TS;
     let (mask, shadow) = (v.vmx.vmcs.get(Field::Cr0Mask), v.vmx.vmcs.get(Field::Cr0Shadow));
     let sets_pe = value & !shadow & mask & cr0::PE != 0;
     if sets_pe || (value ^ shadow) & mask & REST != 0 {
-        return Err(instruction_exit(v, ExitReason::ControlRegister, CrAccess::lmsw(value as u16, false).0));
+        let trap = instruction_exit(v, ExitReason::ControlRegister, CrAccess::lmsw(value as u16, false).0);
+        v.vmx.exit.linear = la;
+        return Err(trap);
     }
     Ok(value & !mask | v.state.cr0 & mask)
 }

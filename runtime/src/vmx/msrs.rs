@@ -8,8 +8,8 @@ use super::{bitmap_bit, read_u64, write_phys};
 use crate::cpu::msr as file;
 use crate::vcpu::Vcpu;
 
-/// Entries of an MSR area that are looked at; more than IA32_VMX_MISC recommends.
-const MOST: u64 = 4096;
+/// Entries of an MSR area that are processed: as many as IA32_VMX_MISC (bits 27:25 are 0) recommends as the most.
+const MOST: u64 = 512;
 
 fn is_x2apic(v: &mut Vcpu) -> bool {
     const EXTD: u64 = 1 << 10;

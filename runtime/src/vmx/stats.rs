@@ -6,6 +6,31 @@ use serde_json::{Map, Value, json};
 use twofold_arch::vmx::ExitReason;
 use twofold_arch::vmx::exit::EXIT_REASONS;
 
+/// The time that exits of one reason took L1, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Handling {
+    /// Of all of them.
+    pub sum: u64,
+    /// Of the shortest; 0 when there was none.
+    pub min: u64,
+    /// Of the longest.
+    pub max: u64,
+}
+
+impl Handling {
+    fn add(&mut self, ns: u64) {
+        self.sum += ns;
+        // A clock may stand still; 0 means that nothing was timed.
+        let ns = ns.max(1);
+        self.min = if self.min == 0 { ns } else { self.min.min(ns) };
+        self.max = self.max.max(ns);
+    }
+    fn with(self, other: Self) -> Self {
+        let min = [self.min, other.min].into_iter().filter(|ns| *ns != 0).min().unwrap_or(0);
+        Self { sum: self.sum + other.sum, min, max: self.max.max(other.max) }
+    }
+}
+
 /// Counters of VMX events.
 #[derive(Clone, Debug)]
 pub struct VmxStats {
@@ -13,8 +38,8 @@ pub struct VmxStats {
     pub entries: u64,
     /// VM exits by basic reason.
     pub exits: [u64; EXIT_REASONS],
-    /// Nanoseconds from an exit, by its reason, to the next entry: what L1 did about it.
-    pub handling_ns: [u64; EXIT_REASONS],
+    /// From an exit, by its reason, to the next entry: what L1 did about it.
+    pub handling: [Handling; EXIT_REASONS],
     /// Nanoseconds in the guest.
     pub guest_ns: u64,
     /// Nanoseconds that entries and exits themselves took.
@@ -34,7 +59,7 @@ impl Default for VmxStats {
         Self {
             entries: 0,
             exits: [0; EXIT_REASONS],
-            handling_ns: [0; EXIT_REASONS],
+            handling: [Handling::default(); EXIT_REASONS],
             guest_ns: 0,
             transition_ns: 0,
             exceptions: [0; 32],
@@ -50,8 +75,8 @@ impl VmxStats {
     pub fn entered(&mut self, start: u64, end: u64) {
         self.entries += 1;
         self.transition_ns += end.saturating_sub(start);
-        if let Some(ns) = self.last_reason.take().and_then(|r| self.handling_ns.get_mut(usize::from(r))) {
-            *ns += start.saturating_sub(self.since);
+        if let Some(handling) = self.last_reason.take().and_then(|r| self.handling.get_mut(usize::from(r))) {
+            handling.add(start.saturating_sub(self.since));
         }
         self.since = end;
     }
@@ -66,6 +91,27 @@ impl VmxStats {
         self.transition_ns += end.saturating_sub(start);
         self.since = end;
         self.last_reason = Some(n);
+    }
+
+    /// What this processor and another one counted.
+    #[must_use]
+    pub fn with(mut self, other: &Self) -> Self {
+        self.entries += other.entries;
+        self.guest_ns += other.guest_ns;
+        self.transition_ns += other.transition_ns;
+        for (mine, theirs) in self.exits.iter_mut().zip(&other.exits) {
+            *mine += theirs;
+        }
+        for (mine, theirs) in self.handling.iter_mut().zip(&other.handling) {
+            *mine = mine.with(*theirs);
+        }
+        for (mine, theirs) in self.exceptions.iter_mut().zip(&other.exceptions) {
+            *mine += theirs;
+        }
+        for (check, n) in &other.failures {
+            *self.failures.entry(check.clone()).or_insert(0) += n;
+        }
+        self
     }
 
     /// Counts an entry that failed at `check`.
@@ -84,8 +130,16 @@ impl VmxStats {
             .iter()
             .filter_map(|r| {
                 let i = usize::from(r.number());
-                let (n, ns) = (*self.exits.get(i)?, *self.handling_ns.get(i)?);
-                (n != 0).then(|| (r.text().to_owned(), json!({ "count": n, "seconds": seconds(ns) })))
+                let (n, time) = (*self.exits.get(i)?, *self.handling.get(i)?);
+                let row = || {
+                    json!({
+                        "count": n,
+                        "seconds": seconds(time.sum),
+                        "min_seconds": seconds(time.min),
+                        "max_seconds": seconds(time.max),
+                    })
+                };
+                (n != 0).then(|| (r.text().to_owned(), row()))
             })
             .collect();
         let exceptions: Map<String, Value> = self

@@ -20,7 +20,7 @@ fn cr0_combinations_are_refused() {
     cr::write_cr0(&mut v, 1 << 10 | cr0::PE).unwrap();
     assert_eq!(v.state.cr0, cr0::PE | cr0::ET);
     // LMSW sets PE and cannot clear it.
-    cr::lmsw(&mut v, 0).unwrap();
+    cr::lmsw(&mut v, 0, 0).unwrap();
     assert_ne!(v.state.cr0 & cr0::PE, 0);
 }
 

@@ -189,3 +189,44 @@ fn g6_posted_interrupts() {
     assert_eq!(get(&v, Field::GuestRip), HANDLERS + 0x33 * 16);
     assert_eq!(get(&v, Field::GuestInterruptStatus), 0x3300);
 }
+
+/// String instructions, the stack and the fetch meet the APIC-access page like any access.
+#[test]
+fn g6_apic_access_page_by_strings_stack_and_fetch() {
+    let mut v = guest(proc2::APIC_ACCESSES);
+    poke64(&v, PAGE + 0x80, 0x55);
+    // movsd; rep movsd; hlt: TPR is virtual, what lies behind it in its 16 bytes is not.
+    code(&v, &[0xa5, 0xf3, 0xa5, 0xf4]);
+    (v.state.gpr[6], v.state.gpr[7], v.state.gpr[1]) = (ACCESS + 0x80, AREA, 2);
+    assert_eq!(go(&mut v), ExitReason::ApicAccess);
+    assert_eq!((peek64(&v, AREA), v.state.gpr[1]), (0x55, 2));
+    assert_eq!((get(&v, Field::ExitQualification), get(&v, Field::GuestRip)), (0x84, CODE + 1));
+    assert_eq!(get(&v, Field::ExitInstructionLength), 2);
+    // From the other side: the iteration before is done.
+    (v.state.gpr[6], v.state.gpr[7]) = (AREA, ACCESS - 4);
+    assert_eq!(go(&mut v), ExitReason::ApicAccess);
+    assert_eq!((get(&v, Field::ExitQualification), v.state.gpr[1]), (1 << 12, 1));
+    assert_eq!((get(&v, Field::GuestLinearAddress), v.state.gpr[7]), (ACCESS, ACCESS));
+    // push rax; call; enter: wider than 32 bits. RSP is as before.
+    for bytes in [&[0x50u8][..], &[0xe8, 0, 0, 0, 0], &[0xc8, 0, 0, 0], &[0x9c]] {
+        let mut v = guest(proc2::APIC_ACCESSES);
+        code(&v, bytes);
+        set(&mut v, Field::GuestRsp, ACCESS + 0x88);
+        assert_eq!(go(&mut v), ExitReason::ApicAccess, "{bytes:x?}");
+        assert_eq!(get(&v, Field::ExitQualification), 0x80 | 1 << 12);
+        assert_eq!(get(&v, Field::GuestRsp), ACCESS + 0x88);
+    }
+    // jmp rbx
+    let mut v = guest(proc2::APIC_ACCESSES);
+    code(&v, &[0xff, 0xe3]);
+    v.state.gpr[3] = ACCESS + 0x30;
+    assert_eq!(go(&mut v), ExitReason::ApicAccess);
+    assert_eq!((get(&v, Field::ExitQualification), get(&v, Field::GuestRip)), (0x30 | 2 << 12, ACCESS + 0x30));
+    // An interrupt delivered to such a stack.
+    let mut v = guest(proc2::APIC_ACCESSES);
+    code(&v, &[0xcd, 0x40]);
+    set(&mut v, Field::GuestRsp, ACCESS + 0x80);
+    assert_eq!(go(&mut v), ExitReason::ApicAccess);
+    assert_eq!(get(&v, Field::ExitQualification), 0x78 | 3 << 12);
+    assert_eq!(get(&v, Field::IdtVectoringInfo) & 0xff, 0x40);
+}

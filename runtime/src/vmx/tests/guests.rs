@@ -287,3 +287,103 @@ fn g4_instructions_that_exit_when_told_to() {
         assert_eq!(get(&v, Field::GuestRip), CODE);
     }
 }
+
+#[test]
+fn g4_exits_are_counted_and_timed_by_reason() {
+    let mut v = with_guest();
+    // cpuid; cpuid; hlt
+    code(&v, &[0x0f, 0xa2, 0x0f, 0xa2, 0xf4]);
+    for ns in [3_000, 5_000, 70_000] {
+        enter(&mut v);
+        v.shared.clock.advance(100);
+        run_to_exit(&mut v);
+        // What L1 does about it.
+        v.shared.clock.advance(ns);
+        skip(&mut v);
+    }
+    set(&mut v, Field::GuestRip, CODE + 4);
+    assert_eq!(go(&mut v), ExitReason::Hlt);
+    let s = v.vmx.stats.json();
+    let row = |count, sum: f64, min: f64, max: f64| serde_json::json!({ "count": count, "seconds": sum / 1e9, "min_seconds": min / 1e9, "max_seconds": max / 1e9 });
+    assert_eq!(s["exits"]["CPUID"], row(2, 8e3, 3e3, 5e3));
+    assert_eq!(s["exits"]["HLT"], row(2, 7e4, 7e4, 7e4));
+    assert_eq!((s["entries"].as_u64(), s["guest_seconds"].as_f64()), (Some(4), Some(300.0 / 1e9)));
+    // Two processors' together.
+    let both = v.vmx.stats.clone().with(&v.vmx.stats).json();
+    assert_eq!((&both["exits"]["CPUID"], &both["entries"]), (&row(4, 16e3, 3e3, 5e3), &serde_json::json!(8)));
+}
+
+#[test]
+fn g4_exits_and_the_faults_of_memory_operands() {
+    // lldt [rax+5]; ltr [rax+5]; sldt [rax+5]; lgdt [rax+5]: the exit comes first.
+    for bytes in [[0x0f, 0x00, 0x50, 5], [0x0f, 0x00, 0x58, 5], [0x0f, 0x00, 0x40, 5], [0x0f, 0x01, 0x50, 5]] {
+        let mut v = with_guest();
+        set_bits(&mut v, Field::Proc2Controls, proc2::DESCRIPTOR_TABLE_EXITING);
+        set(&mut v, Field::ExceptionBitmap, 1 << 14);
+        code(&v, &bytes);
+        v.state.gpr[0] = 0x7000_0000;
+        let reason = go(&mut v);
+        assert!(matches!(reason, ExitReason::LdtrTr | ExitReason::GdtrIdtr), "{bytes:x?}");
+        assert_eq!((get(&v, Field::ExitQualification), get(&v, Field::ExitInstructionLength)), (5, 4));
+        // Without the control: the fault.
+        set(&mut v, Field::Proc2Controls, 0);
+        assert_eq!(go(&mut v), ExitReason::ExceptionOrNmi);
+        assert_eq!(get(&v, Field::ExitQualification), 0x7000_0005);
+    }
+    // lmsw [rax]: whether it exits depends on the operand, so the fault comes first.
+    let mut v = with_guest();
+    set(&mut v, Field::ExceptionBitmap, 1 << 14);
+    set(&mut v, Field::Cr0Mask, cr0::TS);
+    code(&v, &[0x0f, 0x01, 0x30]);
+    v.state.gpr[0] = 0x7000_0000;
+    assert_eq!(go(&mut v), ExitReason::ExceptionOrNmi);
+    v.state.gpr[0] = AREA + 2;
+    poke64(&v, AREA, 0xfff8_0000 | (cr0::TS | cr0::PE) << 16);
+    assert_eq!(go(&mut v), ExitReason::ControlRegister);
+    assert_eq!(get(&v, Field::ExitQualification), 3 << 4 | 1 << 6 | 0xfff9 << 16);
+    assert_eq!(get(&v, Field::GuestLinearAddress), AREA + 2);
+}
+
+/// An MTF VM exit follows each iteration of a repeated string instruction, and comes before the single-step trap.
+#[test]
+fn g5_monitor_trap_flag_and_repeated_strings() {
+    let mut v = with_guest();
+    set_bits(&mut v, Field::ProcControls, proc::MONITOR_TRAP_FLAG);
+    // rep stosb; hlt
+    code(&v, &[0xf3, 0xaa, 0xf4]);
+    (v.state.gpr[0], v.state.gpr[1], v.state.gpr[7]) = (0x5a, 3, AREA);
+    for left in [2, 1, 0] {
+        assert_eq!(go(&mut v), ExitReason::MonitorTrapFlag);
+        assert_eq!(v.state.gpr[1], left);
+        assert_eq!(peek64(&v, AREA) & 0xff_ffff, [0x5a_5a5a, 0x5a5a, 0x5a][left as usize]);
+    }
+    assert_eq!(get(&v, Field::GuestRip), CODE + 2);
+    // nop under TF: the exit finds the step pending, and entry delivers it.
+    code(&v, &[0x90, 0xf4]);
+    v.mmu.code().note_write(Pa(CODE), 3);
+    crate::exec::slow::drop_written(&mut v);
+    set(&mut v, Field::GuestRip, CODE);
+    set(&mut v, Field::GuestRflags, 2 | rflags::TF);
+    set(&mut v, Field::ExceptionBitmap, 1 << 1);
+    assert_eq!(go(&mut v), ExitReason::MonitorTrapFlag);
+    assert_eq!((get(&v, Field::GuestRip), get(&v, Field::GuestPendingDebug)), (CODE + 1, 1 << 14));
+    assert_eq!(go(&mut v), ExitReason::ExceptionOrNmi);
+    assert_eq!((get(&v, Field::ExitQualification), get(&v, Field::GuestPendingDebug)), (1 << 14, 0));
+    assert_eq!(get(&v, Field::GuestRip), CODE + 1);
+}
+
+/// G3: an area of more MSRs than IA32_VMX_MISC recommends fails at the first one too many.
+#[test]
+fn g3_msr_area_too_long() {
+    let mut v = with_guest();
+    for n in 0..513 {
+        poke64(&v, 0x13_0000 + 16 * n, 0xc000_0082);
+    }
+    set(&mut v, Field::EntryMsrLoadAddress, 0x13_0000);
+    set(&mut v, Field::EntryMsrLoadCount, 513);
+    crate::vmx::instructions::vmx(&mut v, word::VMLAUNCH, 0, 0, NEXT).unwrap();
+    assert_eq!((get(&v, Field::ExitReason), get(&v, Field::ExitQualification)), (34 | 1 << 31, 513));
+    set(&mut v, Field::EntryMsrLoadCount, 512);
+    code(&v, &[0xf4]);
+    assert_eq!(go(&mut v), ExitReason::Hlt);
+}

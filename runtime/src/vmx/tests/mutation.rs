@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::numbers::{Numbers, numbers, rounds};
+use super::numbers::{Named, Numbers, numbers, rounds};
 use super::*;
 
 /// Instructions that do something with what is damaged.
@@ -80,7 +80,7 @@ fn run_damaged(v: &mut Vcpu, n: &mut Numbers) -> End {
 fn g3_g4_damaged_vmcs_never_panics() {
     let mut ends = BTreeSet::new();
     for seed in rounds(1500) {
-        let mut n = numbers(seed);
+        let (mut n, _named) = (numbers(seed), Named(seed));
         let mut v = if seed % 2 == 0 { with_guest() } else { with_real_guest() };
         code(&v, PROGRAMS[n.below(PROGRAMS.len() as u64) as usize]);
         for i in 0..16 {

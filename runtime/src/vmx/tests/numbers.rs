@@ -48,6 +48,17 @@ pub(super) fn rounds(usual: u64) -> impl Iterator<Item = u64> {
     (0..).take_while(move |n| end.map_or(*n < usual, |end| Instant::now() < end)).map(move |n| first.wrapping_add(n))
 }
 
+/// Says the seed of the round if it panics.
+pub(super) struct Named(pub u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("seed {}", self.0);
+        }
+    }
+}
+
 /// The generator of a round.
 pub(super) fn numbers(seed: u64) -> Numbers {
     let mut n = Numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);

@@ -9,7 +9,7 @@ use twofold_arch::vmx::control::vmfunc;
 use twofold_arch::vmx::{invept, invvpid};
 use twofold_mmu::{FlushPolicy, Mmu};
 
-use super::numbers::{Numbers, numbers, rounds};
+use super::numbers::{Named, Numbers, numbers, rounds};
 use super::*;
 
 /// RAM, and L2's guest-physical memory: 4 KiB pages by two EPTs.
@@ -298,7 +298,7 @@ fn inv(v: &mut Vcpu, which: u64, kind: u64, descriptor: u64) {
 fn c5_c6_d5_e1_e2_e3_e4_e5_tagged_and_full_agree() {
     let (mut exits, mut misses) = ([0u32; 128], [0; 2]);
     for seed in rounds(40) {
-        let mut n = numbers(seed);
+        let (mut n, _named) = (numbers(seed), Named(seed));
         let mut pair = build(seed, &mut n);
         let mut world = World::random(&mut n);
         world.apply(&mut pair, &mut n);
