@@ -30,9 +30,9 @@ pub struct TierPolicy {
 }
 
 /// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
-const WARM: u32 = 128;
+const WARM: u32 = 32;
 /// Evaluator runs after which a block should not have to wait behind others.
-const HOT: u32 = 512;
+const HOT: u32 = 128;
 
 /// The execution machinery.
 pub struct Jit {
