@@ -9,6 +9,7 @@ mod mutation;
 mod numbers;
 mod paging;
 mod policies;
+mod processors;
 mod signals;
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
