@@ -474,7 +474,18 @@ impl Vcpu {
             Some(Fault::Ept(f)) => f.la.unwrap_or(la),
             None => la,
         };
-        let text = self.mmu.trace_walk(&self.space, at, access).to_string();
+        let walk = self.mmu.trace_walk(&self.space, at, access);
+        let mut text = walk.to_string();
+        if let Ok(m) = &walk.outcome
+            && let Some((ept, ignore_pat)) = m.stage2.memory_type
+        {
+            use twofold_arch::vmx::ept::memory_type::{UC, effective, name};
+            let (ept, pat) = (u64::from(ept), self.state.msrs.pat >> (8 * u32::from(m.pat_index & 7)) & 7);
+            let off = self.state.cr0 & twofold_arch::control::cr0::CD != 0;
+            let memory_type = if off { UC } else { effective(ept, ignore_pat, pat) };
+            let ignored = if ignore_pat { ", ignored" } else { "" };
+            text += &format!("  memory type {}: EPT {}, PAT {}{ignored}\n", name(memory_type), name(ept), name(pat));
+        }
         self.trace.write(&text);
     }
 

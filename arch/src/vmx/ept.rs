@@ -48,6 +48,40 @@ pub mod memory_type {
     pub const fn is_valid(t: u64) -> bool {
         matches!(t, UC | WC | WT | WP | WB)
     }
+
+    /// Uncached as only the PAT has it: UC, which the type of the memory may turn into WC.
+    pub const UC_MINUS: u64 = 7;
+
+    /// The type that accesses to a page have, from EPT's, its ignore-PAT flag and the PAT's, while CR0.CD is 0 (SDM Vol 3C,
+    /// "Memory Type Used for Translated Guest-Physical Addresses"; Vol 3A, "Selecting Memory Types for Pentium III and More
+    /// Recent Processor Families", with EPT's type for the MTRRs').
+    #[must_use]
+    pub const fn effective(ept: u64, ignore_pat: bool, pat: u64) -> u64 {
+        if ignore_pat {
+            return ept;
+        }
+        match (pat, ept) {
+            (WB, ept) => ept,
+            (WC, _) | (UC_MINUS, WC | WP) => WC,
+            (WT, WT | WP | WB) => WT,
+            (WP, WT | WP | WB) => WP,
+            _ => UC,
+        }
+    }
+
+    /// The name of a type.
+    #[must_use]
+    pub const fn name(t: u64) -> &'static str {
+        match t {
+            UC => "UC",
+            WC => "WC",
+            WT => "WT",
+            WP => "WP",
+            WB => "WB",
+            UC_MINUS => "UC-",
+            _ => "reserved",
+        }
+    }
 }
 
 /// Reserved in every present EPT entry: bits 51:MAXPHYADDR.
@@ -118,3 +152,26 @@ pub mod ve_info {
 pub const PML_ENTRIES: u64 = 512;
 /// Entries of an EPTP list.
 pub const EPTP_LIST_ENTRIES: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    /// Row F11: the SDM's table, a line for each type of the PAT.
+    #[test]
+    fn f11_effective_memory_types() {
+        use super::memory_type::*;
+        let ept = [UC, WC, WT, WP, WB];
+        for (pat, expected) in [
+            (UC, [UC, UC, UC, UC, UC]),
+            (UC_MINUS, [UC, WC, UC, WC, UC]),
+            (WC, [WC, WC, WC, WC, WC]),
+            (WT, [UC, UC, WT, WT, WT]),
+            (WP, [UC, UC, WP, WP, WP]),
+            (WB, ept),
+        ] {
+            for (e, expected) in ept.into_iter().zip(expected) {
+                assert_eq!(effective(e, false, pat), expected, "EPT {}, PAT {}", name(e), name(pat));
+                assert_eq!(effective(e, true, pat), e);
+            }
+        }
+    }
+}

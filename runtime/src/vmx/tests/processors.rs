@@ -175,3 +175,30 @@ fn b3_what_is_translated_ahead_leaves_no_trace() {
         assert_eq!((here, behind), (1, 0), "the page behind was not accessed");
     }
 }
+
+/// Two processors in HLT: the one that is sent an interrupt wakes, though no device and no timer ever would.
+#[test]
+fn halted_processors_wake_each_other() {
+    let [mut a, mut b] = two();
+    // The APICs' page: 1 GiB at 3 GiB as it is.
+    poke64(&a, 0x2018, 0xc000_0087);
+    for v in [&mut a, &mut b] {
+        super::super::instructions::vmx(v, word::VMXOFF, 0, 0, NEXT).unwrap();
+        let index = v.index;
+        v.with_devices(|p| p.mmio_write(index, PhysAddr(LAPIC_BASE + 0xf0), 4, 0x1ff));
+        let space = v.space;
+        v.mmu.invlpg(&space, twofold_arch::LinearAddr(LAPIC_BASE));
+    }
+    let handler = crate::cpu::tests::HANDLERS + 0x500;
+    // mov al, 7; out 0xf4, eax
+    poke(&a, handler, &[0xb8, 7, 0, 0, 0, 0xe7, 0xf4]);
+    // The first: sti; hlt; jmp back. The second: dword [rbx] = 0 (destination 0), dword [rbx-16] = 0x4050; sti; hlt; jmp back.
+    poke(&a, CODE, &[0xfb, 0xf4, 0xeb, 0xfc]);
+    let ipi = [0xc7, 0x03, 0, 0, 0, 0, 0xc7, 0x43, 0xf0, 0x50, 0x40, 0, 0, 0xfb, 0xf4, 0xeb, 0xfc];
+    poke(&a, STACK, &ipi);
+    (a.state.rip, b.state.rip) = (CODE, STACK);
+    b.state.gpr[3] = LAPIC_BASE + 0x310;
+    let mut both = [a, b];
+    let (end, _) = crate::exec::turns::run(&mut both, &crate::config::Control::default());
+    assert_eq!(end, crate::exec::RunEnd::Outcome(crate::platform::Outcome::DebugExit(7)));
+}
