@@ -64,7 +64,7 @@ pub struct CpuState {
     pub rflags_sys: u64,
     /// Softmmu tables by `MemMode`.
     pub tlb: [TlbView; 3],
-    /// Host address of the current context's jump cache (4096 entries of 32 bytes).
+    /// Host address of the current context's jump cache.
     pub jump_cache: u64,
     /// Host stack pointer at entry to translated code.
     pub host_sp: u64,

@@ -45,7 +45,7 @@ pub const JC_RIP_BASE: usize = 24;
 pub const JC_EPOCH: usize = JUMP_CACHE_ENTRIES * size_of::<JumpCacheEntry>() + offset_of!(JumpCacheEntry, rip);
 
 /// Mask of a jump-cache index: `(rip >> 12 ^ rip) & JC_MASK`, see `mmu::jump_index`.
-pub const JC_MASK: usize = 4095;
+pub const JC_MASK: usize = 0x7fff;
 
 /// Offset of the `TlbView` of a memory mode in the state.
 pub const fn tlb_view(mode: usize) -> usize {

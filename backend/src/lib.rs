@@ -18,6 +18,7 @@ mod lower;
 mod native;
 pub mod perf;
 mod region;
+mod stored;
 mod thunk;
 #[cfg(target_arch = "x86_64")]
 mod thunks;
@@ -30,4 +31,5 @@ pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
 pub use disasm::disassemble;
 pub use region::{Counter, Guard, REGION_SLOTS, RegionCompiler};
+pub use stored::host_instructions;
 pub use thunks::{available, enter};

@@ -65,7 +65,7 @@ impl JumpCacheEntry {
 }
 
 /// Entries in a jump cache.
-pub const JUMP_CACHE_ENTRIES: usize = 4096;
+pub const JUMP_CACHE_ENTRIES: usize = 1 << 15;
 
 /// The jump-cache index of a RIP: what emitted code computes too. Times 32 it is the byte offset of the entry.
 #[inline]
@@ -447,9 +447,8 @@ impl JumpCache {
     fn new() -> std::io::Result<Self> {
         // The last word pair holds the epoch.
         let entries = RawArray::new(JUMP_CACHE_ENTRIES + 1)?;
-        for i in 0..JUMP_CACHE_ENTRIES {
-            entries.set(i, JumpCacheEntry::INVALID);
-        }
+        // Memory not yet written holds RIP 0, for which only the first entry is looked at.
+        entries.set(jump_index(0), JumpCacheEntry::INVALID);
         let bits = || Bits::new(JUMP_CACHE_ENTRIES);
         let (pages, watched) = ([0; 64], [0; 64]);
         let mut new = Self { entries, used: bits(), global: bits(), pages, based: false, watched };

@@ -256,6 +256,10 @@ pub struct Config {
     pub tier: Tier,
     /// Whether hot loops move up to the optimising tier; off for comparison and for bisecting.
     pub regions: bool,
+    /// Most memory for host code, in bytes.
+    pub code_memory: u64,
+    /// Where compiled code is kept from run to run.
+    pub code_cache: Option<PathBuf>,
     /// What VMX transitions flush.
     pub flush_policy: FlushPolicy,
     /// The run ends after this long.
@@ -292,6 +296,8 @@ impl Default for Config {
             escape: false,
             tier: Tier::Auto,
             regions: true,
+            code_memory: twofold_backend::CodeMemory::DEFAULT_CAPACITY as u64,
+            code_cache: None,
             flush_policy: FlushPolicy::Tagged,
             timeout: None,
             on_reset: OnReset::Exit,

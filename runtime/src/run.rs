@@ -12,6 +12,7 @@ use twofold_mmu::{CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
 use crate::boot::{self, firmware};
 use crate::config::{Config, DebugItem, OnReset, StopReason};
 use crate::cpu::{self, CpuModel};
+use crate::exec::cache::CodeCache;
 use crate::exec::{self, RunEnd, Waker};
 use crate::platform::clock::Clock;
 use crate::platform::{MMIO_REGIONS, Outcome, Platform, debug};
@@ -141,6 +142,9 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
         RunEnd::Halted | RunEnd::TurnOver | RunEnd::Asleep => Ending::Halted,
         RunEnd::Stopped(reason) => Ending::Stopped(reason),
     };
+    if let Some(Err(e)) = vcpu.jit.cache.as_mut().map(CodeCache::save) {
+        vcpu.trace.warn_once("cache", &format!("the code cache is not written: {e}"));
+    }
     let dump = matches!(ending, Ending::Reset | Ending::TripleFault | Ending::Halted);
     // What looking for symbols takes is not the guest's.
     let usage = usage();
@@ -302,13 +306,26 @@ impl Machine {
             .map_err(|e| Error::Internal(format!("no memory for the TLB: {e}")))?;
         // The machinery goes round; whoever does not have it has one without host code.
         let tier = if index == 0 { config.tier } else { crate::config::Tier::Eval };
-        let mut jit = exec::Jit::new(tier, twofold_backend::Options::default());
+        let most = usize::try_from(config.code_memory).unwrap_or(usize::MAX);
+        let mut jit = exec::Jit::with_code_memory(tier, twofold_backend::Options::default(), most);
+        let mut warning = None;
+        if let (Some(dir), 0, true) = (&config.code_cache, index, config.debug.is_empty()) {
+            let opened = CodeCache::open(dir, self.model.features);
+            let cannot = |e| Error::Usage(format!("--code-cache: cannot make {}: {e}", dir.display()));
+            let (cache, why) = opened.map_err(cannot)?;
+            jit.set_cache(cache);
+            warning = why;
+        }
         jit.policy.regions &= config.regions;
         jit.policy.regions_at_once &= config.regions;
         let mut vcpu = Vcpu::new(index, self.shared.clone(), self.model.clone(), mmu, jit);
         vcpu.profile.on = config.stats.is_some();
-        if config.stats.is_some() {
+        // Code that counts is another run's code no more.
+        if config.stats.is_some() && vcpu.jit.cache.is_none() {
             vcpu.jit.counts.turn_on();
+        }
+        if let Some(why) = warning {
+            vcpu.trace.warn_once("cache", &why);
         }
         vcpu.debug = config.debug;
         Ok(vcpu)

@@ -72,6 +72,11 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "compile_seconds": seconds(c.compile_ns),
             "code_bytes": c.code_bytes,
             "code_memory_peak": code.peak,
+            "code_memory_limit": code.capacity,
+            "cache": vcpu.jit.cache.as_ref().map(|cache| {
+                let c = cache.stats();
+                json!({ "loaded": c.loaded, "hits": c.hits, "misses": c.misses, "added": c.added })
+            }),
             "evictions": c.evictions,
             "evicted_tbs": c.evicted_tbs,
             "unimplemented": c.unimplemented,

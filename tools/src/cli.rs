@@ -149,6 +149,12 @@ pub struct RunArgs {
     /// Keep hot loops out of the optimising tier, for comparison and for bisecting
     #[arg(long, hide = true)]
     pub no_regions: bool,
+    /// Most memory for translated code
+    #[arg(long, value_name = "SIZE", default_value = "128M", help_heading = "Execution", value_parser = parse_code_memory)]
+    pub code_memory: u64,
+    /// Keep compiled code in this directory, so that a guest's next run starts warm; whoever can write there can run code
+    #[arg(long, value_name = "DIR", help_heading = "Execution")]
+    pub code_cache: Option<PathBuf>,
     /// What VMX transitions do to cached translations
     #[arg(long, value_enum, default_value = "tagged", help_heading = "Execution")]
     pub flush_policy: FlushArg,
@@ -253,6 +259,8 @@ impl RunArgs {
             debugcon: self.debugcon.clone(),
             tier: self.tier.into(),
             regions: !self.no_regions,
+            code_memory: self.code_memory,
+            code_cache: self.code_cache.clone(),
             flush_policy: self.flush_policy.into(),
             timeout: self.timeout,
             on_reset: self.on_reset.into(),
@@ -272,6 +280,15 @@ impl RunArgs {
 /// The text of `-d help`.
 pub fn debug_help() -> String {
     DebugItem::ALL.iter().map(|(_, name, what)| format!("{name:<8} {what}\n")).collect()
+}
+
+/// As [`parse_memory`], within what code memory can be: near jumps reach 2 GiB.
+fn parse_code_memory(text: &str) -> Result<u64, String> {
+    match parse_memory(text)? {
+        n if n < 2 << 20 => Err(String::from("translated code needs at least 2M")),
+        n if n > 1 << 30 => Err(String::from("translated code can use at most 1G")),
+        n => Ok(n),
+    }
 }
 
 /// `512M`, `1G`, `65536K`; a bare number is MiB, as QEMU's `-m` has it.

@@ -17,6 +17,7 @@ use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 
+use super::cache::Source;
 use super::region::{Member, RegionState};
 use super::tb::{TbId, TierState};
 use super::turns::Broadcast;
@@ -50,6 +51,21 @@ impl Piece {
         }
         let (off, insns, counter) = (pa.page_offset() as u16, tb.insns as usize, vcpu.jit.counts.counter(id));
         Self { id, serial: tb.serial, off, insns, bytes, counter, place: (0, Vec::new()) }
+    }
+
+    /// The block's IR as the front end makes it.
+    #[must_use]
+    pub fn translate(&self, flags: TbFlags, features: Features) -> Option<Block> {
+        let in_page = self.bytes.len().min(0x1000 - self.off as usize);
+        let (page, rest) = self.bytes.split_at(in_page);
+        let mut next_page = || {
+            let mut tail = [0; MAX_INSN_LEN];
+            let n = rest.len().min(MAX_INSN_LEN);
+            tail[..n].copy_from_slice(&rest[..n]);
+            Some(tail)
+        };
+        let (off, max_insns) = (self.off, self.insns);
+        translate_block(Request { flags, off, page, next_page: &mut next_page, features, max_insns }).ok()
     }
 
     fn member(&self) -> Member {
@@ -91,6 +107,8 @@ struct Done {
 /// How much a job matters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Heat {
+    /// The block may be worth it for later runs: after everything else.
+    Cool,
     /// The block has just become worth compiling.
     Warm,
     /// The block has gone on running in the evaluator: before every warm one.
@@ -100,6 +118,7 @@ pub enum Heat {
 /// Jobs that wait, hot ones first.
 #[derive(Default)]
 struct Waiting {
+    cool: VecDeque<Job>,
     warm: VecDeque<Job>,
     hot: VecDeque<Job>,
     regions: VecDeque<Job>,
@@ -120,6 +139,7 @@ impl Inbox {
         let mut waiting = self.lock();
         match heat {
             _ if job.others.is_some() => waiting.regions.push_back(job),
+            Heat::Cool => waiting.cool.push_back(job),
             Heat::Warm => waiting.warm.push_back(job),
             Heat::Hot => waiting.hot.push_back(job),
         }
@@ -141,6 +161,9 @@ impl Inbox {
             }
             // Each takes as long as a hundred blocks, which would go on in the evaluator.
             if let Some(job) = waiting.regions.pop_front() {
+                return Some(job);
+            }
+            if let Some(job) = waiting.cool.pop_front() {
                 return Some(job);
             }
             waiting = self.filled.wait(waiting).unwrap_or_else(PoisonError::into_inner);
@@ -200,7 +223,7 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
         }
         let start = Instant::now();
         let mut text = String::new();
-        let result = match retranslate(&job, &job.root) {
+        let result = match job.root.translate(job.flags, job.features) {
             Some(block) if job.others.is_some() => {
                 regions = regions.or_else(|| RegionCompiler::new(options).ok());
                 match &mut regions {
@@ -247,7 +270,7 @@ fn compile_region(
     };
     let mut parts = vec![part(&job.root, root)];
     for piece in others {
-        parts.push(part(piece, retranslate(job, piece).ok_or(CompileError::Malformed)?));
+        parts.push(part(piece, piece.translate(job.flags, job.features).ok_or(CompileError::Malformed)?));
     }
     let (mut blocks, counters) = join_all(parts);
     for block in &mut blocks {
@@ -259,33 +282,13 @@ fn compile_region(
     regions.compile(&blocks, job.guard, Some(&counters))
 }
 
-/// A block's IR as the front end makes it.
-fn retranslate(job: &Job, piece: &Piece) -> Option<Block> {
-    let in_page = piece.bytes.len().min(0x1000 - piece.off as usize);
-    let (page, rest) = piece.bytes.split_at(in_page);
-    let mut next_page = || {
-        let mut tail = [0; MAX_INSN_LEN];
-        let n = rest.len().min(MAX_INSN_LEN);
-        tail[..n].copy_from_slice(&rest[..n]);
-        Some(tail)
-    };
-    let request = Request {
-        flags: job.flags,
-        off: piece.off,
-        page,
-        next_page: &mut next_page,
-        features: job.features,
-        max_insns: piece.insns,
-    };
-    translate_block(request).ok()
-}
-
 /// Asks for host code for block `id`.
 pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
     let features = vcpu.model.features;
     let tb = vcpu.jit.tbs.get(id);
     let wanted = match heat {
-        Heat::Warm => tb.tier == TierState::Cold,
+        Heat::Cool => tb.tier == TierState::Cold,
+        Heat::Warm => tb.tier == TierState::Cold || tb.tier == TierState::Queued && vcpu.jit.policy.cool != 0,
         Heat::Hot => tb.tier == TierState::Queued,
     };
     if !wanted || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
@@ -368,7 +371,10 @@ fn take(vcpu: &mut Vcpu, done: Done) {
         return;
     }
     match done.result {
-        Ok(compiled) => install(vcpu, done.id, &compiled),
+        Ok(compiled) => {
+            keep(vcpu, done.id, &compiled);
+            install(vcpu, done.id, &compiled);
+        }
         Err(error) => {
             vcpu.counters.compile_refused += 1;
             vcpu.jit.tbs.get_mut(done.id).tier = TierState::Refused;
@@ -387,8 +393,22 @@ pub(super) fn profile(vcpu: &mut Vcpu, id: TbId, installed: &twofold_backend::In
     vcpu.jit.perf = Some(log);
 }
 
+/// Keeps a block's host code for later runs.
+fn keep(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
+    let Some(cache) = &mut vcpu.jit.cache else { return };
+    let tb = vcpu.jit.tbs.get(id);
+    if tb.second_page.is_some() {
+        return;
+    }
+    let off = tb.key.pa.page_offset() as u16;
+    let mut bytes = [0; 0x1000];
+    let bytes = &mut bytes[..super::cache::wanted(tb.len).min(0x1000 - usize::from(off))];
+    vcpu.shared.map.read(tb.key.pa, bytes);
+    cache.add(Source { flags: tb.key.flags, off, bytes }, tb.len, &tb.insn_offs, compiled);
+}
+
 /// Puts host code in code memory; evicts the oldest when there is no room.
-fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
+pub(super) fn install(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
     for _ in 0..2 {
         let Some(code) = &mut vcpu.jit.code else { return };
         match code.install(compiled, id.0) {
@@ -418,6 +438,9 @@ pub(super) fn evict(vcpu: &mut Vcpu) {
             continue;
         }
         tb.tier = TierState::Cold;
+        // To the compile thread it is another block, not one that it has done.
+        vcpu.jit.serial += 1;
+        tb.serial = vcpu.jit.serial;
         vcpu.jit.counts.keep(TbId(number), std::mem::take(&mut tb.runs));
         tb.cached_rips.clear();
         let incoming = std::mem::take(&mut tb.incoming);

@@ -560,13 +560,18 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
     let tb = vcpu.jit.tbs.get_mut(id);
     tb.runs = tb.runs.saturating_add(1);
     let runs = tb.runs;
-    if runs == vcpu.jit.policy.warm {
+    if runs == vcpu.jit.policy.cool {
+        super::compile::request(vcpu, id, Heat::Cool);
+    } else if runs == vcpu.jit.policy.warm {
         super::compile::request(vcpu, id, Heat::Warm);
     } else if runs == vcpu.jit.policy.hot {
         super::compile::request(vcpu, id, Heat::Hot);
     }
-    let tb = vcpu.jit.tbs.get(id);
-    let program: *const twofold_ir::eval::Program = &tb.program;
+    if vcpu.jit.tbs.get(id).program.is_none() {
+        super::translate::ensure_program(vcpu, id);
+    }
+    let Some(program) = &vcpu.jit.tbs.get(id).program else { return Next::Trap(Exception::UD.into()) };
+    let program: *const twofold_ir::eval::Program = program;
     vcpu.jit.current = Some(id);
     vcpu.counters.eval_blocks += 1;
     // SAFETY: nothing is added to the store while a block runs, so the program stays where it is; a block that dies while

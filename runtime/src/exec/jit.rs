@@ -6,6 +6,7 @@ use twofold_arch::{PhysAddr, TbFlags};
 use twofold_backend::{CodeMemory, HelperTable, Options, REGION_SLOTS, SlotRef};
 use twofold_ir::passes::Passes;
 
+use super::cache::CodeCache;
 use super::compile::CompileQueue;
 use super::counts::{ExecCounts, Executions};
 use super::region::RegionCells;
@@ -17,6 +18,8 @@ use crate::profile::PerfLog;
 /// When a block moves up.
 #[derive(Clone, Copy, Debug)]
 pub struct TierPolicy {
+    /// Evaluator runs after which a block is compiled when the compile thread has nothing else to do; 0: never.
+    pub cool: u32,
     /// Evaluator runs after which a block is sent to the compile thread.
     pub warm: u32,
     /// Evaluator runs after which it goes before all that are merely warm.
@@ -29,6 +32,8 @@ pub struct TierPolicy {
     pub regions_at_once: bool,
 }
 
+/// Evaluator runs before a block is worth compiling for the next run's sake (`--code-cache`).
+const COOL: u32 = 1;
 /// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
 const WARM: u32 = 32;
 /// Evaluator runs after which a block should not have to wait behind others.
@@ -42,6 +47,8 @@ pub struct Jit {
     pub passes: Passes,
     /// Host code; `None` when the evaluator runs everything.
     pub code: Option<CodeMemory>,
+    /// What earlier runs compiled.
+    pub cache: Option<CodeCache>,
     /// The compile thread.
     pub queue: Option<CompileQueue>,
     /// When blocks move up.
@@ -80,11 +87,18 @@ impl Jit {
     /// The machinery for `tier`. Falls back to the evaluator alone where the host has no compile tier.
     #[must_use]
     pub fn new(tier: Tier, options: Options) -> Self {
+        Self::with_code_memory(tier, options, CodeMemory::DEFAULT_CAPACITY)
+    }
+
+    /// The same with another bound for host code, in bytes.
+    #[must_use]
+    pub fn with_code_memory(tier: Tier, options: Options, most: usize) -> Self {
         let wanted = twofold_backend::available() && tier != Tier::Eval;
-        let code = if wanted { CodeMemory::new(CodeMemory::DEFAULT_CAPACITY).ok() } else { None };
+        let code = if wanted { CodeMemory::new(most).ok() } else { None };
         let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
         let wait = tier != Tier::Auto;
         let policy = TierPolicy {
+            cool: 0,
             warm: if wait { 1 } else { WARM },
             hot: HOT,
             wait,
@@ -95,6 +109,7 @@ impl Jit {
             tbs: TbStore::default(),
             passes: Passes::default(),
             code,
+            cache: None,
             queue,
             policy,
             helpers: Box::new(super::slow::helper_table()),
@@ -111,6 +126,14 @@ impl Jit {
             bypass: None,
             cells: RegionCells::default(),
             perf: None,
+        }
+    }
+
+    /// Uses the persistent cache, and fills it.
+    pub fn set_cache(&mut self, cache: CodeCache) {
+        if self.queue.is_some() {
+            self.policy.cool = if self.policy.wait { 0 } else { COOL };
+            self.cache = Some(cache);
         }
     }
 

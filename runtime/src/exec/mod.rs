@@ -4,6 +4,7 @@
 //! [`tb`] keeps it; [`env`] is the world the evaluator sees; [`compile`] turns hot blocks into host code on a background
 //! thread, and [`region`] chooses what becomes one function of several blocks; [`slow`] is where host code and evaluator come for memory that the inline probe does not reach.
 
+pub mod cache;
 pub mod compile;
 pub mod counters;
 pub mod counts;

@@ -67,8 +67,8 @@ pub struct Tb {
     pub tier: TierState,
     /// Times the evaluator ran it.
     pub runs: u32,
-    /// Its form for the evaluator.
-    pub program: Program,
+    /// Its form for the evaluator; none when it came from the cache and has not been in the evaluator.
+    pub program: Option<Program>,
     /// The last two places it led to in its page.
     pub successors: [Successor; 2],
     /// The physical page of its last byte, when that is another than the first's.

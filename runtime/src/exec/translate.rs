@@ -8,6 +8,8 @@ use twofold_ir::Block;
 use twofold_ir::eval::Program;
 use twofold_ir::passes::Options as PassOptions;
 
+use super::cache::{Cached, Source};
+use super::compile::Piece;
 use super::counters::Phase;
 use super::tb::{NO_SUCCESSOR, Tb, TbId, TbKey, TierState};
 use super::turns::Broadcast;
@@ -16,6 +18,9 @@ use crate::vcpu::{Trap, Vcpu};
 
 /// Most guest instructions in a block.
 pub const MAX_INSNS: usize = 48;
+
+/// More bytes than a block's instructions can have: to it, this is the end of the page.
+const MOST_BYTES: usize = (MAX_INSNS + 1) * MAX_INSN_LEN;
 
 /// Translates the block at `key`, whose first byte has linear address `la`, and stores it.
 ///
@@ -29,10 +34,14 @@ pub fn translate(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tr
 }
 
 fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Trap> {
-    let mut bytes = [0u8; 4096];
+    let mut bytes = [0u8; MOST_BYTES];
     let off = key.pa.page_offset() as usize;
-    let page = &mut bytes[..4096 - off];
+    let page = &mut bytes[..MOST_BYTES.min(4096 - off)];
     vcpu.shared.map.read(key.pa, page);
+    let source = Source { flags: key.flags, off: off as u16, bytes: page };
+    if let Some(cached) = vcpu.jit.cache.as_mut().and_then(|cache| cache.find(source)) {
+        return Ok(store_cached(vcpu, key, cached));
+    }
     let next_la = LinearAddr((la.0 & PAGE_MASK).wrapping_add(0x1000));
     let mut second = None;
     let mut fault = None;
@@ -74,7 +83,39 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
 }
 
 fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block: &Block) -> TbId {
-    let len = block.byte_len() as u64;
+    let insn_offs = block.insns.iter().map(|i| i.off).collect();
+    insert(vcpu, key, (second, rip), block.byte_len() as u64, insn_offs, Some(Program::new(block)))
+}
+
+/// A block that an earlier run has compiled: with its host code, and without anything for the evaluator.
+fn store_cached(vcpu: &mut Vcpu, key: TbKey, cached: Cached) -> TbId {
+    let rip = vcpu.state.rip_base.wrapping_add(key.pa.page_offset());
+    let id = insert(vcpu, key, (None, rip), cached.len.into(), cached.insn_offs, None);
+    super::compile::install(vcpu, id, &cached.code);
+    id
+}
+
+/// Block `id`'s form for the evaluator, made now if it came from the cache.
+pub fn ensure_program(vcpu: &mut Vcpu, id: TbId) {
+    if vcpu.jit.tbs.get(id).program.is_some() {
+        return;
+    }
+    let features = vcpu.model.features;
+    let flags = vcpu.jit.tbs.get(id).key.flags;
+    // What the front end made of these bytes once it makes of them again.
+    let Some(mut block) = Piece::of(vcpu, id).translate(flags, features) else { return };
+    vcpu.jit.passes.run(&mut block, &PassOptions::default());
+    vcpu.jit.tbs.get_mut(id).program = Some(Program::new(&block));
+}
+
+fn insert(
+    vcpu: &mut Vcpu,
+    key: TbKey,
+    (second, rip): (Option<PhysAddr>, u64),
+    len: u64,
+    insn_offs: Box<[u16]>,
+    program: Option<Program>,
+) -> TbId {
     let first_len = len.min(0x1000 - key.pa.page_offset());
     watch(vcpu, key.pa, first_len);
     if let Some(page) = second {
@@ -85,15 +126,15 @@ fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block:
         key,
         second_page: second,
         len: len as u16,
-        insns: block.insns.len() as u16,
+        insns: insn_offs.len() as u16,
         tier: TierState::Cold,
         live: true,
         runs: 0,
         serial: vcpu.jit.serial,
         rip,
-        program: Program::new(block),
+        program,
         successors: [NO_SUCCESSOR; 2],
-        insn_offs: block.insns.iter().map(|i| i.off).collect(),
+        insn_offs,
         code: None,
         region: None,
         region_state: Default::default(),
