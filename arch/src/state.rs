@@ -329,6 +329,7 @@ impl CpuState {
     }
 
     /// The whole RFLAGS register: the lazy flags made, the rest from `rflags_sys`.
+    #[inline]
     #[must_use]
     pub fn rflags(&self) -> u64 {
         use crate::control::rflags;

@@ -18,7 +18,8 @@ mount -t devtmpfs dev /dev
 insmod /irqbypass.ko
 insmod /kvm.ko
 insmod /kvm-intel.ko $(sed -n 's/.*kvm_intel=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ') && echo KVM-LOADED
-/bin/kvm-linux --kernel /l2.vmlinuz --initrd /l2.initrd --append "console=ttyS0 quiet reboot=k" --timeout 300 && echo L2-ENDED
+/bin/kvm-linux --kernel /l2.vmlinuz --initrd /l2.initrd --memory $(cat /l2.memory) \
+  --append "console=ttyS0 quiet reboot=k" --timeout 300 && echo L2-ENDED
 poweroff -f
 "#;
 
@@ -31,7 +32,15 @@ mount -t devtmpfs dev /dev
 echo "L2 userland $(uname -m) $(echo $((6*7)))"
 grep -m1 ^flags /proc/cpuinfo
 [ -f /kvm-intel.ko ] && insmod /irqbypass.ko && insmod /kvm.ko && insmod /kvm-intel.ko && /bin/kvm-hello 10
+[ -f /l3.vmlinuz ] && /bin/kvm-linux --kernel /l3.vmlinuz --initrd /l3.initrd --memory 192 \
+  --append "console=ttyS0 quiet reboot=k" --timeout 300
 reboot -f
+"#;
+
+/// L3, when it is Linux.
+const L3_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox echo "L3 userland $(/bin/busybox uname -m)"
+/bin/busybox reboot -f
 "#;
 
 /// What L2 is.
@@ -41,28 +50,48 @@ struct L2 {
     base: &'static str,
     /// What `uname -m` says.
     machine: &'static str,
-    /// With KVM's modules and a guest for L3.
-    kvm: bool,
+    /// What it runs itself.
+    l3: L3,
 }
 
-const AMD64: L2 = L2 { kernel: "amd64.vmlinuz", base: "hello64.gz", machine: "x86_64", kvm: false };
-const PAE: L2 = L2 { kernel: "pae.vmlinuz", base: "hello32.gz", machine: "i686", kvm: false };
-const NON_PAE: L2 = L2 { kernel: "686.vmlinuz", base: "hello32.gz", machine: "i686", kvm: false };
-const WITH_L3: L2 = L2 { kvm: true, ..AMD64 };
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum L3 {
+    Nothing,
+    /// A few instructions under KVM.
+    Hello,
+    /// And Debian.
+    Linux,
+}
+
+const AMD64: L2 = L2 { kernel: "amd64.vmlinuz", base: "hello64.gz", machine: "x86_64", l3: L3::Nothing };
+const PAE: L2 = L2 { kernel: "pae.vmlinuz", base: "hello32.gz", machine: "i686", l3: L3::Nothing };
+const NON_PAE: L2 = L2 { kernel: "686.vmlinuz", base: "hello32.gz", machine: "i686", l3: L3::Nothing };
+const WITH_L3: L2 = L2 { l3: L3::Hello, ..AMD64 };
+const WITH_LINUX: L2 = L2 { l3: L3::Linux, ..AMD64 };
 
 /// L1's initramfs, which holds L2's kernel and initramfs.
 fn initramfs(dir: &Path, test: &str, l2: L2) -> PathBuf {
     let mut inner = vec![("init", 0o755, L2_INIT.as_bytes().to_vec())];
-    if l2.kvm {
+    if l2.l3 != L3::Nothing {
         inner.extend(kvm::modules(dir));
         inner.push(("bin/kvm-hello", 0o755, kvm::program("kvm-hello")));
     }
+    let base = dir.join(l2.base);
     let kernel = std::fs::read(dir.join(l2.kernel)).expect("L2's kernel");
+    let mut memory = "256";
+    if l2.l3 == L3::Linux {
+        let init = ("init", 0o755, L3_INIT.as_bytes().to_vec());
+        inner.push(("bin/kvm-linux", 0o755, kvm::program("kvm-linux")));
+        inner.push(("l3.vmlinuz", 0o644, kernel.clone()));
+        inner.push(("l3.initrd", 0o644, kvm::initramfs(&base, &[init])));
+        memory = "512";
+    }
     let mut files = kvm::modules(dir);
     files.push(("init", 0o755, L1_INIT.as_bytes().to_vec()));
     files.push(("bin/kvm-linux", 0o755, kvm::program("kvm-linux")));
     files.push(("l2.vmlinuz", 0o644, kernel));
-    files.push(("l2.initrd", 0o644, kvm::initramfs(&dir.join(l2.base), &inner)));
+    files.push(("l2.memory", 0o644, memory.into()));
+    files.push(("l2.initrd", 0o644, kvm::initramfs(&base, &inner)));
     kvm::write_initramfs(test, &kvm::initramfs(&dir.join("hello64.gz"), &files))
 }
 
@@ -73,7 +102,7 @@ fn boot(test: &str, l2: L2, parameters: &str, more: &[&str]) -> Option<Outcome> 
     kvm::guests("--kvm")?;
     let (kernel, initrd) = (dir.join("amd64.vmlinuz"), initramfs(&dir, test, l2));
     let append = format!("console=ttyS0 quiet {parameters}");
-    let mut args = vec!["run", "--memory", "768M", "--kernel", kernel.to_str().expect("UTF-8 path")];
+    let mut args = vec!["run", "--memory", "1G", "--kernel", kernel.to_str().expect("UTF-8 path")];
     args.extend(["--initrd", initrd.to_str().expect("UTF-8 path"), "--append", &append]);
     args.extend(more);
     let run = twofold_with(&args, LIMIT);
@@ -148,4 +177,12 @@ fn debian_boots_debian_and_everything_is_flushed() {
 fn l2_runs_a_guest() {
     let Some(run) = boot("kvm-linux-l3", WITH_L3, "", &[]) else { return };
     assert!(run.stdout.contains("KVM-HELLO-OK"), "{}", run.shown());
+}
+
+/// Linux in Linux in Linux: a VM exit of L3 is half a dozen of L2.
+#[test]
+#[ignore = "half a minute of CPU time"]
+fn l2_runs_debian() {
+    let Some(run) = boot("kvm-linux-l3-linux", WITH_LINUX, "", &[]) else { return };
+    assert!(run.stdout.contains("L3 userland x86_64"), "{}", run.shown());
 }

@@ -81,6 +81,7 @@ impl InterruptionInfo {
         self.0 & Self::ERROR_CODE != 0
     }
     /// Whether the field holds an event at all.
+    #[inline]
     #[must_use]
     pub const fn is_valid(self) -> bool {
         self.0 & Self::VALID != 0

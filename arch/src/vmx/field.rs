@@ -346,26 +346,31 @@ impl Field {
         NEEDS[self as usize]
     }
     /// The selector field of guest segment register `n` (ES CS SS DS FS GS LDTR TR).
+    #[inline]
     #[must_use]
     pub const fn guest_selector(n: usize) -> Field {
         Field::ALL[Field::GuestEsSelector as usize + (n & 7)]
     }
     /// The limit field of guest segment register `n`.
+    #[inline]
     #[must_use]
     pub const fn guest_limit(n: usize) -> Field {
         Field::ALL[Field::GuestEsLimit as usize + (n & 7)]
     }
     /// The access-rights field of guest segment register `n`.
+    #[inline]
     #[must_use]
     pub const fn guest_access_rights(n: usize) -> Field {
         Field::ALL[Field::GuestEsAccessRights as usize + (n & 7)]
     }
     /// The base field of guest segment register `n`.
+    #[inline]
     #[must_use]
     pub const fn guest_base(n: usize) -> Field {
         Field::ALL[Field::GuestEsBase as usize + (n & 7)]
     }
     /// The field of guest PDPTE `n`.
+    #[inline]
     #[must_use]
     pub const fn guest_pdpte(n: usize) -> Field {
         Field::ALL[Field::GuestPdpte0 as usize + (n & 3)]

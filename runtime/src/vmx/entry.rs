@@ -206,11 +206,14 @@ fn load_non_register(v: &mut Vcpu) {
     }
     s.halted = u32::from(active != activity::ACTIVE);
     v.vmx.activity = if active == activity::HLT { activity::ACTIVE } else { active };
-    let now = v.shared.clock.now_ns();
-    v.vmx.timer = (controls.pin & pin::PREEMPTION_TIMER != 0).then(|| now.saturating_add(timer << TIMER_SHIFT));
-    if v.vmx.timer.is_some_and(|at| at.saturating_sub(now) < super::events::SHORT_NS) {
-        // The dispatcher cuts the slice.
-        v.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+    v.vmx.timer = None;
+    if controls.pin & pin::PREEMPTION_TIMER != 0 {
+        let left = timer << TIMER_SHIFT;
+        v.vmx.timer = Some(v.shared.clock.now_ns().saturating_add(left));
+        if left < super::events::SHORT_NS {
+            // The dispatcher cuts the slice.
+            v.state.attention.store(-1, std::sync::atomic::Ordering::Relaxed);
+        }
     }
     (v.vmx.mtf_pending, v.vmx.trap_exit) = (false, None);
     v.vmx.vectoring = None;

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;
 use twofold_arch::state::Table;
+use twofold_arch::tbflags::TbFlags;
 use twofold_arch::vmx::control::{entry, exit, pin};
 use twofold_arch::vmx::event::{EventType, activity, interruptibility};
 use twofold_arch::vmx::exit::flag;
@@ -83,6 +84,37 @@ fn leave(v: &mut Vcpu, reason: u32, start: u64) -> Result<(), Shutdown> {
 
 // ---- information ------------------------------------------------------------------------------------------------------
 
+/// Instructions that exited, as they were decoded: a guest exits at the same few places again and again.
+#[derive(Debug, Default)]
+pub struct Decoded([Place; 16]);
+
+/// One of them; empty when its length is 0.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    rip: u64,
+    flags: TbFlags,
+    bytes: [u8; 15],
+    described: Described,
+}
+
+impl Decoded {
+    const fn slot(rip: u64) -> usize {
+        (rip ^ rip >> 4) as usize & 15
+    }
+
+    /// The instruction at `rip`, if it is still the same bytes.
+    fn find(&self, rip: u64, flags: TbFlags, bytes: &[u8]) -> Option<Described> {
+        let place = &self.0[Self::slot(rip)];
+        let length = place.described.length as usize;
+        let same = length != 0 && (place.rip, place.flags) == (rip, flags);
+        (same && bytes.get(..length) == place.bytes.get(..length)).then_some(place.described)
+    }
+
+    fn note(&mut self, rip: u64, flags: TbFlags, bytes: [u8; 15], described: Described) {
+        self.0[Self::slot(rip)] = Place { rip, flags, bytes, described };
+    }
+}
+
 /// The instruction at `state.rip`, decoded once more. An instruction that cannot be read any more has length 0.
 #[must_use]
 pub fn decode(v: &mut Vcpu) -> Described {
@@ -92,7 +124,12 @@ pub fn decode(v: &mut Vcpu) -> Described {
     let here = ((PAGE_SIZE - la.page_offset()) as usize).min(bytes.len());
     v.shared.map.read(pa, &mut bytes[..here]);
     let flags = mode::tb_flags(&v.state);
-    if let Some(d) = describe(flags, v.state.rip, &bytes[..here]) {
+    let rip = v.state.rip;
+    if let Some(d) = v.vmx.decoded.find(rip, flags, &bytes[..here]) {
+        return d;
+    }
+    if let Some(d) = describe(flags, rip, &bytes[..here]) {
+        v.vmx.decoded.note(rip, flags, bytes, d);
         return d;
     }
     let next = LinearAddr(la.0.wrapping_add(here as u64));
@@ -101,7 +138,7 @@ pub fn decode(v: &mut Vcpu) -> Described {
     {
         v.shared.map.read(pa, &mut bytes[here..]);
     }
-    describe(flags, v.state.rip, &bytes).unwrap_or_default()
+    describe(flags, rip, &bytes).unwrap_or_default()
 }
 
 /// The exit-information fields.
@@ -180,7 +217,6 @@ fn has_displacement(reason: ExitReason) -> bool {
 fn save_guest(v: &mut Vcpu, pending: &PendingExit) {
     let exit_controls = v.vmx.vmcs.get32(Field::ExitControls);
     let controls = v.vmx.controls;
-    let now = v.shared.clock.now_ns();
     let s = &v.state;
     let vmcs = &mut v.vmx.vmcs;
     vmcs.set(Field::GuestCr0, s.cr0);
@@ -235,6 +271,7 @@ fn save_guest(v: &mut Vcpu, pending: &PendingExit) {
     }
     vmcs.set(Field::EntryControls, u64::from(entry_controls));
     if controls.pin & pin::PREEMPTION_TIMER != 0 && exit_controls & exit::SAVE_PREEMPTION_TIMER != 0 {
+        let now = v.shared.clock.now_ns();
         let left = v.vmx.timer.map_or(0, |at| at.saturating_sub(now) >> super::entry::TIMER_SHIFT);
         let left = if pending.reason == ExitReason::PreemptionTimer { 0 } else { left.min(u64::from(u32::MAX)) };
         vmcs.set(Field::PreemptionTimer, left);

@@ -55,6 +55,8 @@ pub struct VmxState {
     pub controls: Controls,
     /// The exit that [`Trap::VmExit`] stands for.
     pub exit: PendingExit,
+    /// Instructions that exited before.
+    pub decoded: exit::Decoded,
     /// The event being delivered in non-root operation: what IDT-vectoring information is made from.
     pub vectoring: Option<Vectoring>,
     /// Blocking by STI (1) or MOV SS (2) as the current instruction began.
