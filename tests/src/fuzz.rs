@@ -97,6 +97,8 @@ pub struct Report {
     pub native: u64,
     /// Runs of each form.
     pub runs: BTreeMap<String, u64>,
+    /// Encodings that the optimising tier did not compile.
+    pub refused: u64,
     /// A line for each difference, at most one for an encoding.
     pub differences: Vec<String>,
 }
@@ -119,6 +121,9 @@ impl Report {
                 (None, None) => missed.push(code),
             }
         }
+        let few = self.runs.values().filter(|n| **n < 100).count();
+        let _ =
+            writeln!(out, "{few} forms ran fewer than 100 times; the optimising tier refused {} blocks", self.refused);
         let least = self.runs.iter().min_by_key(|r| r.1);
         let _ = writeln!(
             out,
@@ -227,9 +232,10 @@ impl Fuzzer {
             if like.as_ref().is_none_or(|(m, _)| *m != masks) {
                 like = Some((masks, self.machine.prepare(&form.bytes, &input)));
             }
+            self.report.refused = self.machine.refused;
             let Some((_, ready)) = &like else { continue };
             let undefined = form.undefined | (form.undefined_for)(&input);
-            for tier in [Tier::Eval, Tier::Quick] {
+            for tier in [Tier::Eval, Tier::Quick, Tier::Region] {
                 let mut b = input.clone();
                 our_mem.copy_from_slice(&mem);
                 let Some(ours) = self.machine.run(ready, tier, &mut b, &mut our_mem) else { continue };

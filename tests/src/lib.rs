@@ -10,5 +10,7 @@ pub mod machine;
 pub mod native;
 #[cfg(target_arch = "x86_64")]
 pub mod oracle;
+#[cfg(target_arch = "x86_64")]
+pub mod pages;
 
 pub mod guest;

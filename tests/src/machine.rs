@@ -1,7 +1,7 @@
 //! A virtual processor with a code page and the scratch area, on which one instruction runs in the tier that is asked for.
 //!
 //! Unlike [`crate::native::TestEnv`] this is the real thing: the runtime's helpers, the softmmu TLB with page tables, the
-//! front end's blocks simplified by the passes, in the evaluator or as host code of the quick tier. Only the dispatcher is
+//! front end's blocks simplified by the passes, in the evaluator or as host code of the quick or the optimising tier. Only the dispatcher is
 //! replaced, so that an exception can be looked at instead of being delivered.
 #![allow(unsafe_code)] // Enters host code.
 
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;
 use twofold_arch::{PhysAddr, Segment, TbFlags};
-use twofold_backend::{CodeMemory, Compiler, InstalledTb, Leave as CodeLeave, Options};
+use twofold_backend::{CodeMemory, CompiledTb, Compiler, InstalledTb, Leave as CodeLeave, Options, RegionCompiler};
 use twofold_frontend::{Request, translate_block};
 use twofold_ir::Block;
 use twofold_ir::eval::{Leave, Program, Target};
@@ -40,6 +40,8 @@ pub enum Tier {
     Eval,
     /// Host code of the quick tier.
     Quick,
+    /// A region of the optimising tier, with nothing but the instruction in it.
+    Region,
 }
 
 /// An instruction made ready for all tiers.
@@ -49,6 +51,7 @@ pub struct Ready {
     pub block: Block,
     program: Program,
     code: Option<InstalledTb>,
+    region: Option<InstalledTb>,
 }
 
 /// The processor.
@@ -56,8 +59,10 @@ pub struct Machine {
     vcpu: Box<Vcpu>,
     mode: Mode,
     passes: Passes,
-    compiler: Option<(Compiler, CodeMemory)>,
+    compiler: Option<(Compiler, RegionCompiler, CodeMemory)>,
     serial: u32,
+    /// Blocks that the optimising tier did not take.
+    pub refused: u64,
 }
 
 impl Machine {
@@ -78,8 +83,10 @@ impl Machine {
         let mut vcpu = Vcpu::new(0, shared, Arc::new(CpuModel::max()), mmu, jit);
         vcpu.cold = ColdState::new(1);
         cpu::reset(&mut vcpu);
-        let compiler = Compiler::new(Options::default()).ok().zip(CodeMemory::new(8 << 20).ok());
-        let mut m = Self { vcpu, mode: Mode::Bits64, passes: Passes::default(), compiler, serial: 0 };
+        let options = Options::default();
+        let compilers = Compiler::new(options).ok().zip(RegionCompiler::new(options).ok());
+        let compiler = compilers.zip(CodeMemory::new(8 << 20).ok()).map(|((c, r), m)| (c, r, m));
+        let mut m = Self { vcpu, mode: Mode::Bits64, passes: Passes::default(), compiler, serial: 0, refused: 0 };
         m.tables();
         let s = &mut m.vcpu.state;
         s.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
@@ -168,23 +175,25 @@ impl Machine {
         let program = Program::new(&simple);
         self.serial += 1;
         let serial = self.serial;
-        let code = self.compiler.as_mut().map(|(compiler, memory)| {
-            let compiled = compiler.compile(&simple).unwrap_or_else(|e| panic!("{bytes:02x?}: {e}"));
-            loop {
-                match memory.install(&compiled, serial) {
-                    Ok(tb) => return tb,
-                    Err(_) => drop(memory.evict_oldest()),
-                }
-            }
-        });
-        Ready { len: bytes.len(), block, program, code }
+        let mut ready = Ready { len: bytes.len(), block, program, code: None, region: None };
+        let Some((compiler, regions, memory)) = &mut self.compiler else { return ready };
+        let compiled = compiler.compile(&simple).unwrap_or_else(|e| panic!("{bytes:02x?}: {e}"));
+        ready.code = Some(install(memory, &compiled, serial));
+        match regions.compile(std::slice::from_ref(&simple), None, None) {
+            // What is evicted is the oldest, of several MiB: never the block's own code.
+            Ok(region) => ready.region = Some(install(memory, &region, serial)),
+            Err(_) => self.refused += 1,
+        }
+        ready
     }
 
     /// Runs it on `regs` and the scratch memory `mem`, both updated. `None`: the host has no such tier.
     pub fn run(&mut self, ready: &Ready, tier: Tier, regs: &mut Regs, mem: &mut [u8]) -> Option<Outcome> {
-        if tier == Tier::Quick && ready.code.is_none() {
-            return None;
-        }
+        let code = match tier {
+            Tier::Eval => None,
+            Tier::Quick => Some(ready.code.as_ref()?),
+            Tier::Region => Some(ready.region.as_ref()?),
+        };
         let flags = self.key(regs);
         self.poke(SCRATCH_PA, mem);
         let v = &mut *self.vcpu;
@@ -195,9 +204,9 @@ impl Machine {
         v.state.attention.store(0, std::sync::atomic::Ordering::Relaxed);
         v.state.fault = Default::default();
         fpu::enter(&v.state);
-        let left = match (tier, &ready.code) {
-            (Tier::Quick, Some(code)) => quick(v, code.entry),
-            _ => eval(v, &ready.program),
+        let left = match code {
+            Some(code) => host_code(v, code.entry),
+            None => eval(v, &ready.program),
         };
         fpu::leave(&mut v.state);
         regs.take_state(&v.state);
@@ -221,6 +230,16 @@ impl Machine {
 impl Default for Machine {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Puts code into memory, in the place of the oldest if need be.
+fn install(memory: &mut CodeMemory, compiled: &CompiledTb, serial: u32) -> InstalledTb {
+    loop {
+        match memory.install(compiled, serial) {
+            Ok(tb) => return tb,
+            Err(_) => drop(memory.evict_oldest()),
+        }
     }
 }
 
@@ -248,7 +267,7 @@ fn eval(v: &mut Vcpu, program: &Program) -> Left {
     }
 }
 
-fn quick(v: &mut Vcpu, entry: u64) -> Left {
+fn host_code(v: &mut Vcpu, entry: u64) -> Left {
     let state: *mut twofold_arch::CpuState = &mut *v.state;
     // SAFETY: `entry` is the code of a block that is installed, the state is this processor's with its helper table and TLB.
     match unsafe { twofold_backend::enter(state, entry) } {

@@ -296,6 +296,7 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     if watching && !vcpu.jit.restart {
         let hits = debug::instruction_hits(&vcpu.state);
         if hits != 0 {
+            charge_exception(vcpu);
             return interrupt::debug_trap(vcpu, hits);
         }
     }
@@ -321,6 +322,7 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     match next {
         Next::Trap(trap) => {
             vcpu.watch = debug::Watch::default();
+            charge_exception(vcpu);
             interrupt::deliver_trap(vcpu, trap)?;
         }
         Next::Restart => {
@@ -339,6 +341,13 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
         vcpu.vmx.mtf_pending = true;
     }
     Ok(())
+}
+
+/// An exception takes of the budget, as an instruction does, though none retires: a handler that faults at once would keep
+/// time, interrupts and the other processors waiting for ever.
+fn charge_exception(vcpu: &mut Vcpu) {
+    vcpu.state.budget -= 1;
+    vcpu.state.retired = vcpu.state.retired.wrapping_sub(1);
 }
 
 /// Runs block after block while nothing but RIP changes.

@@ -16,6 +16,7 @@ pub mod i8042;
 pub mod input;
 pub mod ioapic;
 pub mod lapic;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
@@ -112,6 +113,8 @@ pub struct Setup {
     pub debugcon_out: Box<dyn Write + Send>,
     /// Where COM1's input comes from.
     pub input: Option<Input>,
+    /// Firmware starts the machine: it finds the chips it looks for.
+    pub firmware: bool,
 }
 
 impl Setup {
@@ -125,6 +128,7 @@ impl Setup {
             serial_out: Box::new(std::io::sink()),
             debugcon_out: Box::new(std::io::sink()),
             input: None,
+            firmware: false,
         }
     }
 }
@@ -145,6 +149,7 @@ pub struct Platform {
     clock: Clock,
     cpus: Vec<Cpu>,
     nmi_sent: bool,
+    pci: pci::Pci,
     ioapic: IoApic,
     pic: DualPic,
     pit: Pit,
@@ -183,6 +188,7 @@ impl Platform {
         let cpus = setup.cpus.clamp(1, crate::config::MAX_CPUS);
         let mut platform = Self {
             nmi_sent: false,
+            pci: pci::Pci::new(setup.firmware),
             cpus: (0..cpus).map(Cpu::new).collect(),
             ioapic: IoApic::new(),
             pic: DualPic::new(),
@@ -234,6 +240,7 @@ impl Platform {
             serial_out: open(&config.serial, "--serial")?,
             debugcon_out: open(&config.debugcon, "--debugcon")?,
             input,
+            firmware: config.firmware.is_some(),
         }))
     }
 
@@ -667,8 +674,8 @@ impl Platform {
         self.counters.io_reads += 1;
         let now = self.clock.now_ns();
         let value = match (port, size) {
-            (_, 1) => u32::from(self.port_read(port, now)),
-            (0xcf8..=0xcff, _) => u32::MAX,
+            (_, 1) if !(0xcfc..=0xcff).contains(&port) => u32::from(self.port_read(port, now)),
+            (0xcf8..=0xcff, _) => self.pci.read(port, size),
             (acpi_pm::FIRST_PORT..=acpi_pm::LAST_PORT, _) => self.acpi.read(port, size, now),
             (0x402, _) => u32::from(DebugConsole::PRESENT),
             _ => (0..size.min(4))
@@ -684,8 +691,8 @@ impl Platform {
         let value = value & ones(size);
         match (port, size) {
             (0xf4, _) => self.outcome = self.outcome.or(Some(Outcome::DebugExit(value))),
-            (_, 1) => self.port_write(port, value as u8, now),
-            (0xcf8..=0xcff, _) => {}
+            (_, 1) if !(0xcfc..=0xcff).contains(&port) => self.port_write(port, value as u8, now),
+            (0xcf8..=0xcff, _) => self.pci.write(port, size, value),
             (acpi_pm::FIRST_PORT..=acpi_pm::LAST_PORT, _) => self.write_acpi(port, size, value, now),
             (fw_cfg::SELECTOR_PORT, 2) => self.fw_cfg.select(value as u16),
             _ => (0..size.min(4)).for_each(|i| {
@@ -721,7 +728,7 @@ impl Platform {
             debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)],
             0x92 => 0x02,
             0xe9 | 0x402 => DebugConsole::PRESENT,
-            0xf4 | 0xcf8..=0xcff => 0xff,
+            0xf4 | 0xcf8..=0xcfb => 0xff,
             fw_cfg::DATA_PORT => self.fw_cfg.read(),
             acpi_pm::FIRST_PORT..=acpi_pm::LAST_PORT => self.acpi.read(port, 1, now) as u8,
             _ => {
@@ -765,7 +772,7 @@ impl Platform {
                 self.drive_line((port - debug::LINE_PORT) as u8, value & 1 != 0)
             }
             0x92 if value & 1 != 0 => self.request_reset(),
-            0x92 | 0xcf8 | 0xcfa..=0xcff | fw_cfg::DATA_PORT => {}
+            0x92 | 0xcf8 | 0xcfa | 0xcfb | fw_cfg::DATA_PORT => {}
             0xcf9 if value & 4 != 0 => self.request_reset(),
             0xcf9 => {}
             0xe9 | 0x402 => {

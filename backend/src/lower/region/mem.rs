@@ -55,7 +55,7 @@ impl RegionLowering<'_> {
         let index = self.l.cur.ins().ushr_imm_u(addr, i64::from(layout::TLB_SHIFT));
         let index = self.l.cur.ins().band(index, mask);
         let entry = self.l.cur.ins().iadd(table, index);
-        let last = i64::from(info.bytes()) - 1;
+        let last = i64::from(info.checked_bytes()) - 1;
         let aligned = flags.has(MemFlags::ALIGNED);
         let (from, last) = match role {
             Role::First(_, from, end) => (self.l.cur.ins().iadd_imm_s(addr, from), end - 1),

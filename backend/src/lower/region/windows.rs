@@ -66,7 +66,8 @@ pub(super) fn plan(block: &Block) -> Vec<Role> {
             continue;
         }
         let (base, at) = places[addr.index()];
-        let (write, end) = (store || flags.has(MemFlags::WRITE_INTENT), at.saturating_add(ty.bytes().into()));
+        let (write, end) =
+            (store || flags.has(MemFlags::WRITE_INTENT), at.saturating_add(flags.checked_bytes(ty.bytes()).into()));
         let fits = |n: &&usize| {
             let w: &Window = &windows[**n];
             w.end.max(end).saturating_sub(w.min.min(at)) <= SPAN

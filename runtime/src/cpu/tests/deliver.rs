@@ -302,3 +302,19 @@ fn deliveries_through_garbage_end() {
         let _ = far::far_ret(&mut v, 2, next() & 0xffff);
     }
 }
+
+/// A handler that faults at once never retires an instruction, and yet its processor's turn ends.
+#[test]
+fn an_endless_fault_ends_its_turn() {
+    let mut v = long_mode();
+    // Every #UD is delivered on the same stack, to UD2.
+    long_gate(&v, 6, KERNEL_CS, HANDLERS + 16 * 6, 0x8e, 1);
+    poke(&v, HANDLERS + 16 * 6, &[0x0f, 0x0b]);
+    v.state.rip = HANDLERS + 16 * 6;
+    v.in_turn = true;
+    let retired = v.state.retired;
+    let end = crate::exec::run(&mut v, &crate::config::Control::default());
+    assert_eq!(end, crate::exec::RunEnd::TurnOver);
+    assert_eq!(v.state.retired, retired);
+    assert_eq!(v.state.rip, HANDLERS + 16 * 6);
+}
