@@ -109,10 +109,10 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
                 return Err(RunEnd::Stopped(reason));
             }
             let now = vcpu.shared.clock.now_ns();
-            let outcome = {
+            let (outcome, signals) = {
                 let mut p = vcpu.platform();
                 p.poll(now);
-                p.outcome()
+                (p.outcome(), p.signals(vcpu.index))
             };
             if let Some(o) = outcome {
                 settle(vcpu, granted);
@@ -129,7 +129,9 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
                 }
                 *slices += 1;
             }
-            start_up_signals(vcpu);
+            if signals & (signal::INIT | signal::SIPI) != 0 {
+                start_up_signals(vcpu);
+            }
         }
         if vcpu.wait_for_sipi {
             return Err(RunEnd::Asleep);
