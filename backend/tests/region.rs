@@ -200,7 +200,7 @@ fn campaign(seeds: std::ops::Range<u64>, optimise: bool) {
         if optimise {
             let part = |block: Block| Part::<()> { block, page: 0, guesses: Vec::new(), tags: Vec::new() };
             b = join_all(b.into_iter().map(part).collect()).0;
-            b.iter_mut().for_each(|b| passes.run(b, &PassOptions::default()));
+            b.iter_mut().for_each(|b| passes.run(b, &PassOptions::HOST));
         }
         let tb = rig.install(&b);
         let plain = Case { seed, fault_at: usize::MAX, budget: 150, runs: 1 };

@@ -81,6 +81,10 @@ fn everything_but_folding() {
     preserves(&Options { fold: false, ..Options::default() }, 10_000);
 }
 #[test]
+fn for_the_host() {
+    preserves(&Options::HOST, 10_000);
+}
+#[test]
 fn the_whole_pipeline() {
     preserves(&Options::default(), 30_000);
 }

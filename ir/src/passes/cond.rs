@@ -25,17 +25,7 @@ pub(super) fn value(f: &mut Forward<'_>, cc: CondCode, op: CcOp) -> Option<Value
     if kind == CcKind::Flags {
         return Some(from_image(f, cc as u8 >> 1, negate));
     }
-    let ty = Ty::ALL[op.log2_bytes() as usize];
-    let d = f.get(Ty::I64, Loc::CC_DST);
-    let d = f.trunc(ty, d);
-    let s = if kind == CcKind::Logic {
-        d
-    } else {
-        let s = f.get(Ty::I64, Loc::CC_SRC);
-        // Only MUL asks whether all of the word is zero.
-        if kind == CcKind::Mul { s } else { f.trunc(ty, s) }
-    };
-    let mut flags = Flags { f, kind, ty, d, s };
+    let mut flags = Flags::new(f, op);
     let v = match cc as u8 >> 1 {
         0 => flags.overflow(),
         1 => flags.carry(),
@@ -47,6 +37,25 @@ pub(super) fn value(f: &mut Forward<'_>, cc: CondCode, op: CcOp) -> Option<Value
         _ => flags.less_or_equal(),
     };
     Some(if negate { flags.not(v) } else { v })
+}
+
+/// The six flags in RFLAGS positions, for lazy flags of kind `op`.
+pub(super) fn image(f: &mut Forward<'_>, op: CcOp) -> Value {
+    use twofold_arch::control::rflags::ARITH;
+    let kind = op.kind();
+    if kind == CcKind::Flags {
+        let src = f.get(Ty::I64, Loc::CC_SRC);
+        return f.bin_imm(BinOp::And, Ty::I64, src, ARITH);
+    }
+    let mut flags = Flags::new(f, op);
+    let bits = [(flags.carry(), 0), (flags.parity(), 2), (flags.zero(), 6), (flags.sign(), 7), (flags.overflow(), 11)];
+    let mut image = flags.adjust();
+    for (bit, at) in bits {
+        let bit = flags.f.emit(Op::Zext { to: Ty::I64, a: bit });
+        let bit = flags.f.bin_imm(BinOp::Shl, Ty::I64, bit, at);
+        image = flags.f.bin(BinOp::Or, Ty::I64, image, bit);
+    }
+    image
 }
 
 /// From the six flags in RFLAGS positions.
@@ -80,7 +89,21 @@ fn from_image(f: &mut Forward<'_>, pair: u8, negate: bool) -> Value {
     f.emit(Op::Cmp { cc: if negate { IntCc::Eq } else { IntCc::Ne }, ty: Ty::I64, a: image, b: zero })
 }
 
-impl Flags<'_, '_> {
+impl<'a, 'f> Flags<'a, 'f> {
+    fn new(f: &'a mut Forward<'f>, op: CcOp) -> Self {
+        let (kind, ty) = (op.kind(), Ty::ALL[op.log2_bytes() as usize]);
+        let d = f.get(Ty::I64, Loc::CC_DST);
+        let d = f.trunc(ty, d);
+        let s = if kind == CcKind::Logic {
+            d
+        } else {
+            let s = f.get(Ty::I64, Loc::CC_SRC);
+            // Only MUL asks whether all of the word is zero.
+            if kind == CcKind::Mul { s } else { f.trunc(ty, s) }
+        };
+        Self { f, kind, ty, d, s }
+    }
+
     fn cmp(&mut self, cc: IntCc, a: Value, b: Value) -> Value {
         let ty = self.f.ty(a);
         self.f.emit(Op::Cmp { cc, ty, a, b })
@@ -197,6 +220,27 @@ impl Flags<'_, '_> {
             }
             CcKind::Mul => self.cmp_imm(IntCc::Ne, s, 0),
         }
+    }
+    /// AF, in its place.
+    fn adjust(&mut self) -> Value {
+        let (d, s) = (self.d, self.s);
+        let wrapped = match self.kind {
+            CcKind::Add | CcKind::Adc | CcKind::Sub | CcKind::Sbb => {
+                let a = self.left();
+                let x = self.bin(BinOp::Xor, a, s);
+                let x = self.bin(BinOp::Xor, x, d);
+                let x = if self.ty == Ty::I64 { x } else { self.f.emit(Op::Zext { to: Ty::I64, a: x }) };
+                return self.f.bin_imm(BinOp::And, Ty::I64, x, 0x10);
+            }
+            CcKind::Inc => 0,
+            CcKind::Dec => 0xf,
+            _ => return self.f.iconst(Ty::I64, 0),
+        };
+        let low = self.f.trunc(Ty::I8, d);
+        let low = self.f.bin_imm(BinOp::And, Ty::I8, low, 0xf);
+        let af = self.cmp_imm(IntCc::Eq, low, wrapped);
+        let af = self.f.emit(Op::Zext { to: Ty::I64, a: af });
+        self.f.bin_imm(BinOp::Shl, Ty::I64, af, 4)
     }
     fn below_or_equal(&mut self) -> Value {
         match self.kind {

@@ -105,6 +105,10 @@ impl Forward<'_> {
                 let src = self.get(Ty::I64, Loc::CC_SRC);
                 self.bin_imm(BinOp::And, Ty::I64, src, twofold_arch::control::rflags::ARITH)
             }
+            Op::Flags if options.images => match self.cc_op() {
+                Some(kind) => cond::image(self, kind),
+                None => self.push(op),
+            },
             Op::Call { helper, .. } => {
                 let v = self.push(op);
                 if helper.info().quiet {

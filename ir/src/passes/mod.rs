@@ -25,6 +25,8 @@ pub struct Options<'a> {
     pub get_put: bool,
     /// Turn conditions on known lazy flags into comparisons (needs `get_put` to know them).
     pub conds: bool,
+    /// Turn images of known lazy flags into ops: more of them, for host code, where that is less than a call.
+    pub images: bool,
     /// Constant folding and simple algebra.
     pub fold: bool,
     /// Remove puts that are overwritten before anybody can see them, and ops nobody uses.
@@ -36,19 +38,28 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { get_put: true, conds: true, fold: true, dead: true, flags_dead_at_exit: None }
+        Self { get_put: true, conds: true, images: false, fold: true, dead: true, flags_dead_at_exit: None }
     }
 }
 
 impl Options<'_> {
+    /// All passes, for what becomes host code.
+    pub const HOST: Options<'static> =
+        Options { get_put: true, conds: true, images: true, fold: true, dead: true, flags_dead_at_exit: None };
     /// No pass at all.
     pub const NONE: Options<'static> =
-        Options { get_put: false, conds: false, fold: false, dead: false, flags_dead_at_exit: None };
+        Options { get_put: false, conds: false, images: false, fold: false, dead: false, flags_dead_at_exit: None };
 }
 
 impl core::fmt::Debug for Options<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let on = [("get_put", self.get_put), ("conds", self.conds), ("fold", self.fold), ("dead", self.dead)];
+        let on = [
+            ("get_put", self.get_put),
+            ("conds", self.conds),
+            ("images", self.images),
+            ("fold", self.fold),
+            ("dead", self.dead),
+        ];
         f.debug_set().entries(on.iter().filter(|x| x.1).map(|x| x.0)).finish()
     }
 }

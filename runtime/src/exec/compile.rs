@@ -232,7 +232,7 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
                 }
             }
             Some(mut block) => {
-                passes.run(&mut block, &PassOptions::default());
+                passes.run(&mut block, &PassOptions::HOST);
                 if job.texts.has(DebugItem::Clif) {
                     text += &compiler.clif_text(&block).unwrap_or_else(|e| format!("{e}\n"));
                 }
@@ -274,7 +274,7 @@ fn compile_region(
     }
     let (mut blocks, counters) = join_all(parts);
     for block in &mut blocks {
-        passes.run(block, &PassOptions::default());
+        passes.run(block, &PassOptions::HOST);
     }
     if job.texts.has(DebugItem::Clif) {
         *text += &regions.clif_text(&blocks).unwrap_or_else(|e| format!("{e}\n"));
