@@ -176,6 +176,12 @@ impl Lowering<'_> {
     fn get(&self, v: Value) -> Result<Clif, CompileError> {
         self.buf.values.get(v.index()).copied().flatten().ok_or(CompileError::Malformed)
     }
+    fn constant(&self, v: Value) -> Option<u64> {
+        match self.block.ops.get(v.index()) {
+            Some(&Op::Const { imm, .. }) => Some(imm),
+            _ => None,
+        }
+    }
     fn set(&mut self, index: usize, v: Clif) {
         self.buf.values[index] = Some(v);
     }
@@ -352,6 +358,11 @@ impl Lowering<'_> {
             {
                 let (lo, hi) = (self.get(args[1])?, self.get(args[2])?);
                 let v = self.call_named(NAME_NATIVE, native.0, Shape::call(3, 1), &[lo, hi])[0];
+                self.set(i, v);
+            }
+            Op::Call { helper, args } if let Some(native) = Native::helper(helper, self.constant(args[2])) => {
+                let (a, b) = (self.get(args[0])?, self.get(args[1])?);
+                let v = self.call_named(NAME_NATIVE, native.0, Shape::call(3, 1), &[a, b])[0];
                 self.set(i, v);
             }
             Op::Call { helper, args } => {

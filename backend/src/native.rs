@@ -6,7 +6,7 @@
 
 use twofold_arch::CpuState;
 use twofold_arch::fpu::{X87Op, X87Operand};
-use twofold_ir::VecOp;
+use twofold_ir::{Helper, VecOp};
 
 #[cfg_attr(target_arch = "x86_64", path = "native/vec.rs")]
 #[cfg_attr(not(target_arch = "x86_64"), path = "native/vec_none.rs")]
@@ -17,11 +17,36 @@ mod vec;
 pub(crate) struct Native(pub u32);
 
 const X87: u32 = 1 << 31;
+const INT: u32 = 1 << 30;
+
+/// Helpers that are one host instruction: CRC32 of 1, 2, 4, 8 bytes, PDEP, PEXT. Operands in RSI and RDX, the result in RAX.
+const INTS: [&[u8]; 6] = [
+    // mov eax, esi; crc32 eax, dl / dx / edx / rdx
+    &[0x89, 0xf0, 0xf2, 0x0f, 0x38, 0xf0, 0xc2],
+    &[0x89, 0xf0, 0x66, 0xf2, 0x0f, 0x38, 0xf1, 0xc2],
+    &[0x89, 0xf0, 0xf2, 0x0f, 0x38, 0xf1, 0xc2],
+    &[0x89, 0xf0, 0xf2, 0x48, 0x0f, 0x38, 0xf1, 0xc2],
+    // pdep rax, rsi, rdx; pext rax, rsi, rdx
+    &[0xc4, 0xe2, 0xcb, 0xf5, 0xc2],
+    &[0xc4, 0xe2, 0xca, 0xf5, 0xc2],
+];
 
 impl Native {
     /// An x87 instruction: its operand in RSI and DX, the result in RAX, the state in RDI. `None` when it is not run this way.
     pub fn x87(op: X87Op) -> Option<Self> {
         op.operand().map(|_| Self(X87 | u32::from(op.0)))
+    }
+
+    /// A helper that is one host instruction, if the host has it; `log2_bytes` for CRC32.
+    pub fn helper(helper: Helper, log2_bytes: Option<u64>) -> Option<Self> {
+        let (sse42, bmi2) = vec::int_features();
+        let n = match helper {
+            Helper::Crc32 if sse42 => log2_bytes.filter(|&n| n < 4)? as u32,
+            Helper::Pdep if bmi2 => 4,
+            Helper::Pext if bmi2 => 5,
+            _ => return None,
+        };
+        Some(Self(INT | n))
     }
 
     /// A vector op, if the host has an instruction for it: see `native/vec.rs` for its registers.
@@ -33,6 +58,9 @@ impl Native {
     pub fn bytes(self) -> Vec<u8> {
         if self.0 & X87 != 0 {
             return x87(X87Op(self.0 as u16));
+        }
+        if self.0 & INT != 0 {
+            return INTS.get((self.0 & 7) as usize).map_or_else(Vec::new, |code| code.to_vec());
         }
         VecOp::from_number(self.0 as u16).map_or_else(Vec::new, |op| vec::code(op, (self.0 >> 16) as u8))
     }

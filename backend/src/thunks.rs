@@ -15,8 +15,8 @@
 
 use core::arch::{global_asm, naked_asm};
 
-use twofold_arch::CpuState;
 use twofold_arch::tbflags::MemMode;
+use twofold_arch::{CcKind, CondCode, CpuState};
 use twofold_ir::MemFlags;
 
 use crate::abi::{AccessKind, Leave, MemInfo, reason};
@@ -85,6 +85,7 @@ pub(crate) fn image() -> (Vec<u8>, Vec<u32>) {
     }
 }
 
+const _: () = assert!(CcKind::Flags as u8 == 0 && CcKind::Dec as u8 == CcKind::Inc as u8 + 1);
 const LOAD_KIND: u64 = MemInfo::new(AccessKind::Load, 0, MemFlags::NONE, MemMode::User).0;
 const STORE_KIND: u64 = MemInfo::new(AccessKind::Store, 0, MemFlags::NONE, MemMode::User).0;
 
@@ -270,6 +271,22 @@ global_asm!(
     ".irp off, {fn_cond}, {fn_flags}",
     ".irp full, 0, 1",
     "tf_thunk",
+    // CF after an image of the flags, INC or DEC is at hand: loops that count with DEC ask for it each time.
+    ".if \\off == {fn_cond}",
+    "cmp esi, {carry}",
+    "jne 773f",
+    "movzx eax, byte ptr [rdi + {cc_op}]",
+    "shr eax, 2",
+    "jz 772f",
+    "sub eax, {inc}",
+    "cmp eax, 1",
+    "ja 773f",
+    "772:",
+    "mov eax, [rdi + {cc_src}]",
+    "and eax, 1",
+    "ret",
+    "773:",
+    ".endif",
     "tf_save \\full",
     "mov rax, [rdi + {helpers}]",
     "call [rax + \\off]",
@@ -463,6 +480,10 @@ global_asm!(
     fn_atomic = const layout::FN_ATOMIC,
     fn_cond = const layout::FN_COND,
     fn_flags = const layout::FN_FLAGS,
+    carry = const CondCode::B as u64,
+    inc = const CcKind::Inc as u64,
+    cc_op = const layout::CC_OP,
+    cc_src = const layout::CC_SRC,
     fn_vec = const layout::FN_VEC,
     x87_live = const layout::X87_LIVE,
     fn_x87_ready = const layout::FN_X87_READY,

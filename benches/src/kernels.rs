@@ -31,13 +31,21 @@ pub struct Kernel {
 }
 
 /// All kernels. RCX counts; RSI points to 1 MiB of data; the other registers are the body's.
-pub const KERNELS: [Kernel; 6] = [
+pub const KERNELS: [Kernel; 14] = [
     Kernel { name: "alu", what: "register arithmetic", instructions: 10.0, body: alu },
     Kernel { name: "memory", what: "loads and stores, 16 KiB", instructions: 10.0, body: memory },
     Kernel { name: "bignum", what: "MUL and ADC chains", instructions: 14.0, body: bignum },
     Kernel { name: "branches", what: "data-dependent branches", instructions: 8.5, body: branches },
     Kernel { name: "calls", what: "CALL and RET", instructions: 10.0, body: calls },
     Kernel { name: "indirect", what: "indirect calls", instructions: 11.0, body: indirect },
+    Kernel { name: "scalar-fp", what: "scalar SSE2: MULSD, ADDSD, SUBSD, SQRTSD", instructions: 11.0, body: scalar_fp },
+    Kernel { name: "sse-fp", what: "MULPS and ADDPS from memory", instructions: 11.0, body: sse_fp },
+    Kernel { name: "fma", what: "256-bit VFMADD231PS from memory", instructions: 8.0, body: fma },
+    Kernel { name: "x87", what: "an x87 loop: FILD, FDIV, FADDP, FMUL, FXCH", instructions: 12.0, body: x87 },
+    Kernel { name: "sha", what: "SHA-NI rounds", instructions: 10.0, body: sha },
+    Kernel { name: "aes", what: "AESENC rounds", instructions: 10.0, body: aes },
+    Kernel { name: "pclmul", what: "PCLMULQDQ folding, CRC32", instructions: 10.0, body: pclmul },
+    Kernel { name: "mulx", what: "MULX with ADCX and ADOX chains", instructions: 17.0, body: mulx },
 ];
 
 fn alu(a: &mut CodeAssembler) -> Result<(), IcedError> {
@@ -115,6 +123,87 @@ fn indirect(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.nop()
 }
 
+fn scalar_fp(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.movsd_2(xmm1, qword_ptr(rsi))?;
+    a.subsd(xmm1, qword_ptr(rsi + 8))?;
+    a.movapd(xmm2, xmm1)?;
+    a.mulsd(xmm2, xmm1)?;
+    a.addsd(xmm2, qword_ptr(rsi + 16))?;
+    a.sqrtsd(xmm3, xmm2)?;
+    a.mulsd(xmm3, xmm2)?;
+    a.addsd(xmm0, xmm3)?;
+    a.movsd_2(qword_ptr(rsi + 24), xmm0)
+}
+
+fn sse_fp(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    for (i, (x, y)) in [(xmm0, xmm4), (xmm1, xmm5), (xmm2, xmm6)].into_iter().enumerate() {
+        a.movaps(y, xmmword_ptr(rsi + 32 * i))?;
+        a.mulps(y, xmmword_ptr(rsi + 32 * i + 16))?;
+        a.addps(x, y)?;
+    }
+    Ok(())
+}
+
+fn fma(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.vmovups(ymm4, ymmword_ptr(rsi))?;
+    a.vfmadd231ps(ymm0, ymm4, ymmword_ptr(rsi + 32))?;
+    a.vfmadd231ps(ymm1, ymm4, ymmword_ptr(rsi + 64))?;
+    a.vfmadd231ps(ymm2, ymm4, ymmword_ptr(rsi + 96))?;
+    a.vaddps(ymm3, ymm3, ymm0)?;
+    a.vmovups(ymmword_ptr(rsi + 128), ymm3)
+}
+
+/// `s += x / i; x = x * a + b / i` as a compiler has it, with the stack as deep after a turn as before.
+fn x87(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(dword_ptr(rsi), ecx)?;
+    // fild dword [rsi]; fld st(1); fdiv st, st(1); faddp st(3), st; fxch st(1)
+    a.db(&[0xdb, 0x06, 0xd9, 0xc1, 0xd8, 0xf1, 0xde, 0xc3, 0xd9, 0xc9])?;
+    // fmul dword [rsi + 64]; fxch st(1); fdivr dword [rsi + 64]; faddp st(1), st
+    a.db(&[0xd8, 0x4e, 0x40, 0xd9, 0xc9, 0xd8, 0x7e, 0x40, 0xde, 0xc1])
+}
+
+fn sha(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.sha256rnds2(xmm1, xmm2)?;
+    a.pshufd(xmm0, xmm0, 0x0e)?;
+    a.sha256rnds2(xmm2, xmm1)?;
+    a.sha256msg1(xmm3, xmm4)?;
+    a.movdqa(xmm5, xmm4)?;
+    a.palignr(xmm5, xmm3, 4)?;
+    a.paddd(xmm3, xmm5)?;
+    a.sha256msg2(xmm3, xmm4)
+}
+
+fn aes(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    for i in 0..4 {
+        a.aesenc(xmm0, xmm4)?;
+        a.aesenc(xmm1, xmmword_ptr(rsi + 16 * i))?;
+    }
+    Ok(())
+}
+
+fn pclmul(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.movdqa(xmm1, xmm0)?;
+    a.pclmulqdq(xmm0, xmm2, 0x11)?;
+    a.pclmulqdq(xmm1, xmm2, 0)?;
+    a.pxor(xmm0, xmm1)?;
+    a.pxor(xmm0, xmmword_ptr(rsi))?;
+    a.crc32(rax, rbx)?;
+    a.crc32(rax, qword_ptr(rsi + 8))?;
+    a.crc32(rbx, rax)
+}
+
+fn mulx(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.xor(edi, edi)?;
+    for i in 0..3 {
+        a.mulx(rbx, rax, qword_ptr(rsi + 8 * i))?;
+        a.adcx(rax, qword_ptr(rsi + 64 + 8 * i))?;
+        a.adox(rdi, rax)?;
+        a.mov(qword_ptr(rsi + 64 + 8 * i), rdi)?;
+    }
+    a.adc(rdi, rbx)?;
+    a.sbb(rdx, rdi)
+}
+
 impl Kernel {
     /// The guest that runs this loop `turns` times.
     ///
@@ -142,6 +231,18 @@ impl Kernel {
         for register in [rax, rbx, rdx, rdi] {
             a.mov(register, 0x0123_4567_89ab_cdefu64)?;
         }
+        // XCR0: x87, SSE, AVX.
+        a.xor(ecx, ecx)?;
+        a.xor(edx, edx)?;
+        a.mov(eax, 7)?;
+        a.xsetbv()?;
+        a.mov(rax, 0x0123_4567_89ab_cdefu64)?;
+        a.mov(rdx, rax)?;
+        // Numbers near 1, and fninit; fld1; fldz.
+        for i in 0..64 {
+            a.mov(dword_ptr(rsi + 4 * i), 0x3f80_0000 + i)?;
+        }
+        a.db(&[0xdb, 0xe3, 0xd9, 0xe8, 0xd9, 0xee, 0xd9, 0xc9])?;
         let (mut again, mut done) = (a.create_label(), a.create_label());
         a.mov(rcx, turns)?;
         a.test(rcx, rcx)?;
@@ -180,7 +281,8 @@ fn entry() -> Result<Vec<u8>, IcedError> {
     a.add(eax, 0x20_0000)?;
     a.cmp(edi, (TABLES + 0x3000) as i32)?;
     a.jne(next)?;
-    a.mov(eax, 0xa0)?;
+    // PAE, PGE, OSFXSR, OSXMMEXCPT, OSXSAVE.
+    a.mov(eax, 0x4_06a0)?;
     a.mov(cr4, eax)?;
     a.mov(eax, TABLES)?;
     a.mov(cr3, eax)?;

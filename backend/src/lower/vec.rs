@@ -8,7 +8,7 @@
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Type, Value as Clif};
-use twofold_ir::{Ty, Value, VecOp};
+use twofold_ir::{Op, Ty, Value, VecOp};
 
 use super::{Lowering, NAME_NATIVE, Shape, V};
 use crate::compiler::CompileError;
@@ -17,9 +17,12 @@ use crate::thunk::Thunk;
 
 impl Lowering<'_> {
     pub(super) fn pair(&mut self, i: usize, lo: Value, hi: Value) -> Result<(), CompileError> {
+        let zero = matches!(*self.block.op(hi), Op::Const { imm: 0, .. });
         let (lo, hi) = (self.get(lo)?, self.get(hi)?);
-        let v = self.cur.ins().scalar_to_vector(I64X2, lo);
-        let v = self.cur.ins().insertlane(v, hi, 1);
+        let mut v = self.cur.ins().scalar_to_vector(I64X2, lo);
+        if !zero {
+            v = self.cur.ins().insertlane(v, hi, 1);
+        }
         let v = self.cast(v, V);
         self.set(i, v);
         Ok(())

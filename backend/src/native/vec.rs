@@ -88,6 +88,11 @@ fn row(op: VecOp, imm: u8) -> Option<usize> {
     ROWS.iter().position(fits)
 }
 
+/// Whether the host has CRC32, and PDEP and PEXT.
+pub(crate) fn int_features() -> (bool, bool) {
+    (has!("sse4.2"), has!("bmi2"))
+}
+
 /// Whether the host computes an op.
 pub(crate) fn exists(op: VecOp, imm: u8) -> bool {
     row(op, imm).is_some()

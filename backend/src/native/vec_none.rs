@@ -2,6 +2,11 @@
 
 use twofold_ir::VecOp;
 
+/// Whether the host has CRC32, and PDEP and PEXT.
+pub(crate) fn int_features() -> (bool, bool) {
+    (false, false)
+}
+
 /// Whether the host computes an op.
 pub(crate) fn exists(_op: VecOp, _imm: u8) -> bool {
     false

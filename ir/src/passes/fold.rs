@@ -31,6 +31,47 @@ fn fold(ty: Ty, imm: u64) -> Step {
     Step::Op(Op::Const { ty, imm: imm & ty.mask() })
 }
 
+/// How far `zeros` looks.
+const DEPTH: u32 = 6;
+
+/// Whether a value is 0 or 1.
+fn is_truth(out: &[Op], v: Value, depth: u32) -> bool {
+    match out[v.index()] {
+        Op::Cmp { .. } | Op::Cond { .. } => true,
+        Op::Bin { op: BinOp::And | BinOp::Or | BinOp::Xor, a, b, .. } if depth > 0 => {
+            is_truth(out, a, depth - 1) && is_truth(out, b, depth - 1)
+        }
+        _ => false,
+    }
+}
+
+/// Bits of a value that are known to be 0; those above its type are.
+fn zeros(out: &[Op], v: Value, depth: u32) -> u64 {
+    let ty = ty(out, v);
+    let above = !ty.mask();
+    if depth == 0 {
+        return above;
+    }
+    let depth = depth - 1;
+    above
+        | match out[v.index()] {
+            Op::Const { imm, .. } => !imm,
+            Op::Cmp { .. } | Op::Cond { .. } => !1,
+            Op::Zext { a, .. } => zeros(out, a, depth),
+            Op::Bin { op: BinOp::And, a, b, .. } => match constant(out, b) {
+                // The rest would not tell more: masks are joined.
+                Some(c) => !c,
+                None => zeros(out, a, depth) | zeros(out, b, depth),
+            },
+            Op::Bin { op: BinOp::Or | BinOp::Xor, a, b, .. } => zeros(out, a, depth) & zeros(out, b, depth),
+            Op::Bin { op: BinOp::Shl, a, b, .. } => match constant(out, b) {
+                Some(n) if n < u64::from(ty.bits()) => zeros(out, a, depth) << n | ((1 << n) - 1),
+                _ => 0,
+            },
+            _ => 0,
+        }
+}
+
 /// One step of simplification of `op`, whose operands are in `out`.
 pub(super) fn step(out: &[Op], op: &Op) -> Step {
     match *op {
@@ -107,6 +148,19 @@ fn bin_const(out: &[Op], op: BinOp, ty: Ty, a: Value, c: u64) -> Step {
                 Some(d) => Step::WithConst { ty, imm: c & d, op: Op::Bin { op, ty, a: x, b: Value::NONE } },
                 None => Step::Same,
             },
+            // What the mask takes away need not be put in.
+            Op::Bin { op: BinOp::Or, a: x, b: y, .. } => {
+                let without = |x| Step::WithConst { ty, imm: c, op: Op::Bin { op, ty, a: x, b: Value::NONE } };
+                match (zeros(out, x, DEPTH), zeros(out, y, DEPTH)) {
+                    (_, zeros) if zeros & c == c => without(x),
+                    (zeros, _) if zeros & c == c => without(y),
+                    (x, y) if (x & y | c) & ones == ones => Step::Value(a),
+                    _ => Step::Same,
+                }
+            }
+            Op::Bin { op: BinOp::Shl, .. } | Op::Zext { .. } if (zeros(out, a, DEPTH) | c) & ones == ones => {
+                Step::Value(a)
+            }
             _ => Step::Same,
         },
         _ => Step::Same,
@@ -135,6 +189,18 @@ fn cmp(out: &[Op], cc: IntCc, ty: Ty, a: Value, b: Value) -> Step {
     match out[a.index()] {
         // A truth value compared with 0.
         Op::Cmp { .. } | Op::Cond { .. } if c == 0 && cc == IntCc::Ne => Step::Value(a),
+        Op::Bin { .. } if c == 0 && cc == IntCc::Ne && ty == Ty::I8 && is_truth(out, a, DEPTH) => Step::Value(a),
+        // Nothing is shifted out.
+        Op::Bin { op: BinOp::Shl, a: x, b: n, .. }
+            if c == 0
+                && matches!(cc, IntCc::Eq | IntCc::Ne)
+                && constant(out, n).is_some_and(|n| {
+                    n < u64::from(ty.bits())
+                        && zeros(out, x, DEPTH).leading_ones() as u64 >= n + 64 - u64::from(ty.bits())
+                }) =>
+        {
+            Step::Op(Op::Cmp { cc, ty, a: x, b })
+        }
         Op::Cmp { cc: inner, ty, a, b } if c == 0 && cc == IntCc::Eq => {
             Step::Op(Op::Cmp { cc: inner.negated(), ty, a, b })
         }

@@ -105,10 +105,17 @@ impl Forward<'_> {
                 let src = self.get(Ty::I64, Loc::CC_SRC);
                 self.bin_imm(BinOp::And, Ty::I64, src, twofold_arch::control::rflags::ARITH)
             }
+<<<<<<< HEAD
             Op::Flags if options.images => match self.cc_op() {
                 Some(kind) => cond::image(self, kind),
                 None => self.push(op),
             },
+=======
+            Op::Flags if options.conds && self.logic_constant().is_some() => {
+                let flags = self.logic_constant().unwrap_or(0);
+                self.iconst(Ty::I64, flags)
+            }
+>>>>>>> d820cc1 (Loads and stores of regions lie behind the join of hit and miss; CRC32, PDEP, PEXT in place; CF after DEC and ADCX/ADOX chains without helper or image; kernels for floating point and crypto in guest-speed)
             Op::Call { helper, .. } => {
                 let v = self.push(op);
                 if helper.info().quiet {
@@ -221,6 +228,13 @@ impl Forward<'_> {
         self.known.find(ty, loc).is_some_and(|h| {
             h.ty == ty && h.off == 0 && (h.v == v || self.constant(v).is_some_and(|c| self.constant(h.v) == Some(c)))
         })
+    }
+
+    /// All flags, after a logic operation whose result is known: `xor eax, eax` before a chain of ADCX and ADOX.
+    fn logic_constant(&self) -> Option<u64> {
+        let op = self.cc_op().filter(|op| op.kind() == CcKind::Logic)?;
+        let held = self.known.find(Ty::I64, Loc::CC_DST).filter(|h| h.off == 0 && h.ty == Ty::I64)?;
+        self.constant(held.v).map(|dst| twofold_arch::flags::arith_flags(op, dst, 0, 0))
     }
 
     /// The lazy flags' kind, if it is known.

@@ -5,6 +5,8 @@
 mod blocks;
 mod fake;
 
+use crate::helper::Helper;
+
 pub use blocks::{Shape, random_block};
 pub use fake::{Event, FakeEnv};
 
@@ -51,4 +53,31 @@ pub const fn mix(z: u64) -> u64 {
     let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ z >> 31
+}
+
+/// What a pure helper computes: as the instruction does, since the back end may use that.
+#[must_use]
+pub fn pure_helper(helper: Helper, [a, b, c, _]: [u64; 4]) -> u64 {
+    match helper {
+        Helper::Crc32 if c < 4 => {
+            let mut crc = a as u32;
+            for byte in &b.to_le_bytes()[..1 << c] {
+                crc ^= u32::from(*byte);
+                for _ in 0..8 {
+                    crc = if crc & 1 != 0 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+                }
+            }
+            crc.into()
+        }
+        Helper::Pdep | Helper::Pext => {
+            let (mut r, mut k) = (0, 0);
+            for i in (0..64).filter(|i| b >> i & 1 != 0) {
+                let (from, to) = if helper == Helper::Pdep { (k, i) } else { (i, k) };
+                r |= (a >> from & 1) << to;
+                k += 1;
+            }
+            r
+        }
+        _ => [a, b, c].iter().fold(helper as u64, |h, &a| mix(h ^ a)),
+    }
 }

@@ -1,6 +1,9 @@
 //! Guest memory accesses of a region: the probe in line, the slow path in a cold block that writes back dirty registers first.
 //!
-//! Part of region lowering. The slow path is a thunk's call, which keeps every register.
+//! Part of region lowering. The slow path is a thunk's call, which keeps every register. Loads and stores themselves lie
+//! behind the join of both ways, once: what the slow path has loaded, or a place for what it has stored already, is in the
+//! state, and the join is told where. In a block of its own on the way of a hit, a store would keep what it stores from being seen by
+//! the code that follows, and Cranelift would compute that again there.
 
 use cranelift_codegen::cursor::Cursor;
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -16,8 +19,9 @@ use crate::thunk::Thunk;
 
 /// The two ways of an access: where the cursor is after a probe.
 struct Probed {
-    /// Host address.
+    /// Host address, and what makes it of the linear one.
     host: Clif,
+    addend: Clif,
     slow: ClifBlock,
     next: ClifBlock,
     info: MemInfo,
@@ -47,7 +51,7 @@ impl RegionLowering<'_> {
             self.l.cur.ins().brif(addend, hit, &[], slow, &[]);
             self.l.cur.goto_bottom(hit);
             let host = self.l.cur.ins().iadd(addr, addend);
-            return Probed { host, slow, next, info, opens: None };
+            return Probed { host, addend, slow, next, info, opens: None };
         }
         let view = layout::tlb_view(info.mode() as usize);
         let mask = self.l.load_state(types::I64, view + layout::VIEW_MASK);
@@ -85,7 +89,7 @@ impl RegionLowering<'_> {
             }
             _ => None,
         };
-        Probed { host, slow, next, info, opens }
+        Probed { host, addend, slow, next, info, opens }
     }
 
     /// The thunk of the slow way: one that probes again where that is worth it, since only the window has been missed.
@@ -113,20 +117,19 @@ impl RegionLowering<'_> {
         self.l.cur.func.dfg.block_params(p.next).first().copied()
     }
 
+    /// Ends the slow way of a load or store; the address then is that of guest memory or, after the slow way, of `mem_result`.
+    fn rejoin_at(&mut self, p: &Probed, addr: Clif) -> Result<Clif, CompileError> {
+        let place = self.l.cur.ins().iadd_imm_s(self.l.state, layout::MEM_RESULT as i64);
+        let addend = self.l.cur.ins().isub(place, addr);
+        let addend = self.rejoin(p, Some(addend)).ok_or(CompileError::Malformed)?;
+        Ok(self.l.cur.ins().iadd(addr, addend))
+    }
+
     pub(super) fn load(&mut self, i: usize, ty: Ty, flags: MemFlags, addr: Value) -> Result<(), CompileError> {
         let addr = self.l.get(addr)?;
-        let t = if ty == Ty::V128 { V } else { types::I64 };
         let role = self.roles[i];
-        let p = self.probe(role, AccessKind::Load, ty, flags, addr, Some(t));
-        let (guest, host) = (self.guest, p.host);
-        let ins = self.l.cur.ins();
-        let fast = match ty {
-            Ty::I8 => ins.uload8(types::I64, guest, host, 0),
-            Ty::I16 => ins.uload16(types::I64, guest, host, 0),
-            Ty::I32 => ins.uload32(guest, host, 0),
-            Ty::I64 | Ty::V128 => ins.load(t, guest, host, 0),
-        };
-        self.end_fast(&p, Some(fast));
+        let p = self.probe(role, AccessKind::Load, ty, flags, addr, Some(types::I64));
+        self.end_fast(&p, Some(p.addend));
         let vector = ty == Ty::V128;
         let slow = if let Some(thunk) = self.slow_thunk(&p, role != Role::Alone) {
             let shape = Shape { vec_rets: u8::from(vector), ..Shape::call(2, 2) };
@@ -137,7 +140,17 @@ impl RegionLowering<'_> {
             let info = self.l.const64(p.info.0);
             self.l.call_results(thunk, shape, &[addr, info])[usize::from(vector)]
         };
-        let v = self.rejoin(&p, Some(slow)).ok_or(CompileError::Malformed)?;
+        self.l.store_state(slow, layout::MEM_RESULT);
+        let host = self.rejoin_at(&p, addr)?;
+        let guest = self.guest;
+        let ins = self.l.cur.ins();
+        let v = match ty {
+            Ty::I8 => ins.uload8(types::I64, guest, host, 0),
+            Ty::I16 => ins.uload16(types::I64, guest, host, 0),
+            Ty::I32 => ins.uload32(guest, host, 0),
+            Ty::I64 => ins.load(types::I64, guest, host, 0),
+            Ty::V128 => ins.load(V, guest, host, 0),
+        };
         if ty == Ty::V128 {
             self.l.set(i, v);
         } else {
@@ -156,10 +169,9 @@ impl RegionLowering<'_> {
     ) -> Result<(), CompileError> {
         let (addr, x) = (self.l.get(addr)?, self.l.get(v)?);
         let role = self.roles[i];
-        let p = self.probe(role, AccessKind::Store, ty, flags, addr, None);
+        let p = self.probe(role, AccessKind::Store, ty, flags, addr, Some(types::I64));
         let x = if ty == Ty::V128 { self.l.cast(x, V) } else { x };
-        self.l.cur.ins().store(self.guest, x, p.host, 0);
-        self.end_fast(&p, None);
+        self.end_fast(&p, Some(p.addend));
         let vector = ty == Ty::V128;
         let shape = |ints: u8, rets: u8| match vector {
             true => Shape { vecs: 1, ..Shape::call(ints - 1, rets) },
@@ -171,7 +183,8 @@ impl RegionLowering<'_> {
             let info = self.l.const64(p.info.0);
             self.l.call(Thunk::slow(AccessKind::Store, vector, self.l.full), shape(4, 1), &[addr, info, x]);
         }
-        self.rejoin(&p, None);
+        let host = self.rejoin_at(&p, addr)?;
+        self.l.cur.ins().store(self.guest, x, host, 0);
         Ok(())
     }
 
