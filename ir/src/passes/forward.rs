@@ -105,17 +105,14 @@ impl Forward<'_> {
                 let src = self.get(Ty::I64, Loc::CC_SRC);
                 self.bin_imm(BinOp::And, Ty::I64, src, twofold_arch::control::rflags::ARITH)
             }
-<<<<<<< HEAD
-            Op::Flags if options.images => match self.cc_op() {
-                Some(kind) => cond::image(self, kind),
-                None => self.push(op),
-            },
-=======
             Op::Flags if options.conds && self.logic_constant().is_some() => {
                 let flags = self.logic_constant().unwrap_or(0);
                 self.iconst(Ty::I64, flags)
             }
->>>>>>> d820cc1 (Loads and stores of regions lie behind the join of hit and miss; CRC32, PDEP, PEXT in place; CF after DEC and ADCX/ADOX chains without helper or image; kernels for floating point and crypto in guest-speed)
+            Op::Flags if options.images => match self.cc_op() {
+                Some(kind) => cond::image(self, kind),
+                None => self.push(op),
+            },
             Op::Call { helper, .. } => {
                 let v = self.push(op);
                 if helper.info().quiet {
