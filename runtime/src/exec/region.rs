@@ -31,8 +31,10 @@ const MAX_BLOCKS: usize = 24;
 const MAX_INSNS: usize = 200;
 /// Most pages.
 const MAX_PAGES: usize = 8;
+/// All ways from the root. No floating point here: while guest code runs, the host's MXCSR is the guest's, flags and all.
+const FLOW: u64 = 1 << 32;
 /// Blocks that are reached by fewer of the ways from the root are left out.
-const MIN_FLOW: f64 = 1.0 / 16.0;
+const MIN_FLOW: u64 = FLOW / 16;
 /// Fewer guest instructions are not worth a region that is no loop.
 const MIN_INSNS: usize = 16;
 /// Targets of an indirect exit that are tried one after the other.
@@ -221,10 +223,10 @@ fn select(vcpu: &Vcpu, root: TbId) -> Vec<Member> {
     let mut found: Vec<Member> = Vec::new();
     let mut pages: HashMap<i32, PhysAddr> = HashMap::new();
     // How much of what passes the root comes by.
-    let mut flows: HashMap<(TbId, i32), f64> = HashMap::from([((root, 0), 1.0)]);
+    let mut flows: HashMap<(TbId, i32), u64> = HashMap::from([((root, 0), FLOW)]);
     let (mut insns, mut back) = (0, false);
     while found.len() < MAX_BLOCKS {
-        let best = flows.iter().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(a.0)));
+        let best = flows.iter().max_by(|a, b| a.1.cmp(b.1).then(b.0.cmp(a.0)));
         let Some((&(id, page), &flow)) = best else { break };
         flows.remove(&(id, page));
         if flow < MIN_FLOW {
@@ -246,7 +248,8 @@ fn select(vcpu: &Vcpu, root: TbId) -> Vec<Member> {
             let to = (e.to, page.wrapping_add(e.page));
             back |= to == (root, 0);
             if !found.iter().any(|m| m.id == e.to) {
-                *flows.entry(to).or_default() += flow * f64::from(e.count) / f64::from(total);
+                // At most `FLOW` times a 32-bit count.
+                *flows.entry(to).or_default() += flow.min(FLOW) * u64::from(e.count) / u64::from(total.max(1));
             }
         }
     }
