@@ -31,6 +31,14 @@ pub struct Boots {
     pub alone: PathBuf,
     /// One whose init boots the other two under KVM.
     pub nested: PathBuf,
+    /// Where the two are, until this is dropped.
+    scratch: PathBuf,
+}
+
+impl Drop for Boots {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.scratch);
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
@@ -104,5 +112,6 @@ pub fn boots() -> Result<Boots, String> {
         let path = scratch.join(name);
         std::fs::write(&path, image).map(|()| path).map_err(|e| e.to_string())
     };
-    Ok(Boots { kernel, alone: write("alone", &alone)?, nested: write("nested", &nested)? })
+    let (alone, nested) = (write("alone", &alone)?, write("nested", &nested)?);
+    Ok(Boots { kernel, alone, nested, scratch })
 }
