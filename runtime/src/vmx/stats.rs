@@ -75,19 +75,28 @@ impl VmxStats {
     pub fn entered(&mut self, start: u64, end: u64) {
         self.entries += 1;
         self.transition_ns += end.saturating_sub(start);
-        if let Some(handling) = self.last_reason.take().and_then(|r| self.handling.get_mut(usize::from(r))) {
-            handling.add(start.saturating_sub(self.since));
-        }
+        self.handled(start);
         self.since = end;
     }
 
-    /// An exit from `start` to `end`, nanoseconds.
+    /// L1 has been handling an exit until now; whether it has. When not, the guest ran.
+    fn handled(&mut self, now: u64) -> bool {
+        let Some(reason) = self.last_reason.take() else { return false };
+        if let Some(handling) = self.handling.get_mut(usize::from(reason)) {
+            handling.add(now.saturating_sub(self.since));
+        }
+        true
+    }
+
+    /// An exit, or an entry that failed with one, from `start` to `end`, nanoseconds.
     pub fn exited(&mut self, reason: ExitReason, start: u64, end: u64) {
         let n = reason.number();
         if let Some(count) = self.exits.get_mut(usize::from(n)) {
             *count += 1;
         }
-        self.guest_ns += start.saturating_sub(self.since);
+        if !self.handled(start) {
+            self.guest_ns += start.saturating_sub(self.since);
+        }
         self.transition_ns += end.saturating_sub(start);
         self.since = end;
         self.last_reason = Some(n);

@@ -308,6 +308,13 @@ fn g4_exits_are_counted_and_timed_by_reason() {
     assert_eq!(s["exits"]["CPUID"], row(2, 8e3, 3e3, 5e3));
     assert_eq!(s["exits"]["HLT"], row(2, 7e4, 7e4, 7e4));
     assert_eq!((s["entries"].as_u64(), s["guest_seconds"].as_f64()), (Some(4), Some(300.0 / 1e9)));
+    // An entry that fails ends the handling of the exit before, and is no time of the guest's.
+    v.shared.clock.advance(9_000);
+    set(&mut v, Field::GuestRflags, 0);
+    crate::vmx::instructions::vmx(&mut v, word::VMRESUME, 0, 0, NEXT).unwrap();
+    let s = v.vmx.stats.json();
+    assert_eq!(s["exits"]["HLT"], row(2, 79e3, 9e3, 70e3));
+    assert_eq!(s["guest_seconds"].as_f64(), Some(300.0 / 1e9));
     // Two processors' together.
     let both = v.vmx.stats.clone().with(&v.vmx.stats).json();
     assert_eq!((&both["exits"]["CPUID"], &both["entries"]), (&row(4, 16e3, 3e3, 5e3), &serde_json::json!(8)));
