@@ -113,9 +113,10 @@ fn div(t: &mut Translator<'_>, signed: bool) {
     let wide = if signed { t.b.sext(Ty::I64, d) } else { t.b.zext(Ty::I64, d) };
     let zero = t.b.cmp_imm(IntCc::Eq, wide, 0);
     t.raise_if(zero, Exception::DE);
-    let (div, rem) = if signed { (BinOp::SDiv, BinOp::SRem) } else { (BinOp::UDiv, BinOp::URem) };
-    let q = t.b.bin(div, dividend, wide);
-    let r = t.b.bin(rem, dividend, wide);
+    let q = t.b.bin(if signed { BinOp::SDiv } else { BinOp::UDiv }, dividend, wide);
+    // One division does.
+    let whole = t.b.bin(BinOp::Mul, q, wide);
+    let r = t.b.sub(dividend, whole);
     // MIN / -1 of 64-bit dividends wraps to a quotient that does not fit either.
     let narrow = t.b.trunc(ty, q);
     let back = if signed { t.b.sext(Ty::I64, narrow) } else { t.b.zext(Ty::I64, narrow) };
