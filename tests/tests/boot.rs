@@ -108,3 +108,43 @@ fn debian_on_old_processors() {
     expect_booted(&run, "x86_64");
     assert!(run.stdout.contains("(family: 0x6, model: 0x1a, stepping: 0x5)"), "{}", run.shown());
 }
+
+/// A file that `tools/guests/fetch --more` makes.
+fn more(name: &str) -> Option<std::path::PathBuf> {
+    let file = guests(false)?.join(name);
+    assert!(file.exists(), "run tools/guests/fetch --more first");
+    Some(file)
+}
+
+/// Linux 6.12.
+#[test]
+#[ignore = "needs a kernel from backports: tools/guests/fetch --more"]
+fn debian_newer_kernel() {
+    let Some(kernel) = more("newer.vmlinuz") else { return };
+    let dir = kernel.parent().expect("a directory");
+    expect_booted(&boot(dir, "newer.vmlinuz", "hello64.zst", &[]), "x86_64");
+}
+
+/// SeaBIOS as PCs have it, from the reset vector to its menu.
+#[test]
+#[ignore = "needs SeaBIOS: tools/guests/fetch --more"]
+fn seabios_comes_to_its_boot_menu() {
+    let Some(rom) = more("seabios.bin") else { return };
+    let mut command = std::process::Command::new(support::twofold());
+    command.arg("run").arg("--firmware").arg(rom).args(["--memory", "64M", "--timeout", "25", "--debugcon", "none"]);
+    let run = support::converse(&mut command, &[("for boot menu", "\x1b")], LIMIT);
+    run.expect_status(4);
+    assert!(run.stdout.contains("Select boot device"), "{}", run.shown());
+}
+
+/// memtest86+ on 32 MiB: a pass without an error.
+#[test]
+#[ignore = "a pass takes a minute; needs memtest86+: tools/guests/fetch --more"]
+fn memtest_passes() {
+    let Some(kernel) = more("memtest.bin") else { return };
+    let kernel = kernel.to_str().expect("UTF-8");
+    let args = ["run", "--kernel", kernel, "--append", "console=ttyS0,115200", "--memory", "32M", "--timeout", "220"];
+    let run = twofold_with(&args, LIMIT);
+    run.expect_status(4);
+    assert!(run.stdout.contains("Pass:  1        Errors: 0"), "{}", run.shown());
+}

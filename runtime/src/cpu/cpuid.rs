@@ -117,7 +117,7 @@ cpuid_bits! {
     Clwb "clwb" 7 0 B 24 [Clwb] max;
     Sha "sha" 7 0 B 29 [Sha] max;
     Umip "umip" 7 0 C 2 [Umip] max;
-    Pku "pku" 7 0 C 3 [Pku] max;
+    Pku "pku" 7 0 C 3 [Pku];
     Gfni "gfni" 7 0 C 8 [Gfni] max;
     Vaes "vaes" 7 0 C 9 [Vaes] max;
     Vpclmulqdq "vpclmulqdq" 7 0 C 10 [Vpclmulqdq] max;
@@ -391,7 +391,8 @@ impl CpuModel {
                 }
                 return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
             };
-            if on && !Self::max().has(row.bit) {
+            // Protection keys work but for XSAVE's component of them, without which Linux takes offence: only when asked for.
+            if on && !Self::max().has(row.bit) && row.bit != Bit::Pku {
                 return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
             }
             model.bits = if on { model.bits | 1 << row.bit as u8 } else { model.bits & !(1 << row.bit as u8) };
@@ -833,7 +834,7 @@ mod tests {
     #[test]
     fn dynamic_bits_follow_cr4() {
         use twofold_arch::control::cr4;
-        let m = CpuModel::max();
+        let m = CpuModel::parse("max,+pku").unwrap();
         let s = CpuidState { cr4: cr4::OSXSAVE | cr4::PKE, ..state(1) };
         assert_ne!(m.cpuid(1, 0, &s)[2] & 1 << 27, 0);
         assert_ne!(m.cpuid(7, 0, &s)[2] & 1 << 4, 0);

@@ -13,6 +13,7 @@ const ID: u16 = 0x01;
 const RAM_SIZE: u16 = 0x03;
 const NOGRAPHIC: u16 = 0x04;
 const NB_CPUS: u16 = 0x05;
+const BOOT_MENU: u16 = 0x0e;
 const MAX_CPUS: u16 = 0x0f;
 const FILE_DIR: u16 = 0x19;
 const FIRST_FILE: u16 = 0x20;
@@ -37,6 +38,8 @@ impl FwCfg {
             (RAM_SIZE, memory.to_le_bytes().to_vec()),
             (NOGRAPHIC, vec![1, 0]),
             (NB_CPUS, cpus.clone()),
+            // There is no disk to boot from at once: firmware asks.
+            (BOOT_MENU, vec![1, 0]),
             (MAX_CPUS, cpus),
         ];
         let mut device = Self { items, files: Vec::new(), selected: SIGNATURE, offset: 0 };

@@ -42,7 +42,7 @@ pub(crate) const TSS_SEL: u16 = 0x40;
 
 /// A reset vCPU.
 pub(crate) fn vcpu() -> Box<Vcpu> {
-    vcpu_of(CpuModel::max())
+    vcpu_of(CpuModel::max().set(super::cpuid::Bit::Pku, true))
 }
 
 pub(crate) fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
