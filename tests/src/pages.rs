@@ -195,7 +195,7 @@ impl Pages {
         let is64 = s.efer & efer::LMA != 0 && r & 0x300 != 0;
         for i in 0..8 {
             let limit = if self.rng.below(3) == 0 { self.rng.next() as u32 } else { u32::MAX };
-            let dpl = u32::from(s.cpl == 3) * 3 << 5;
+            let dpl = if s.cpl == 3 { attr::DPL } else { 0 };
             let base = if protected && self.rng.below(3) != 0 { 0 } else { self.rng.below(RAM) & 0xf_fff0 };
             let mut a = attr::P | attr::S | attr::ACCESSED | attr::RW | attr::DB | attr::G | dpl;
             if i == 1 {
