@@ -67,6 +67,9 @@ impl JumpCacheEntry {
 /// Entries in a jump cache.
 pub const JUMP_CACHE_ENTRIES: usize = 1 << 15;
 
+/// Groups of 4096 entries: all targets in one page are in one group.
+const JUMP_GROUPS: usize = JUMP_CACHE_ENTRIES / 4096;
+
 /// The jump-cache index of a RIP: what emitted code computes too. Times 32 it is the byte offset of the entry.
 #[inline]
 #[must_use]
@@ -432,6 +435,8 @@ struct JumpCache {
     entries: RawArray<JumpCacheEntry>,
     used: Bits,
     global: Bits,
+    /// Which words of `used` may have bits, by groups of 4096 entries.
+    some: [u64; JUMP_GROUPS],
     /// Which linear pages have entries, by a hash of the page number.
     pages: [u64; 64],
     /// Some entry's linear address is not its RIP (a CS base): entries cannot be found by linear page.
@@ -451,7 +456,8 @@ impl JumpCache {
         entries.set(jump_index(0), JumpCacheEntry::INVALID);
         let bits = || Bits::new(JUMP_CACHE_ENTRIES);
         let (pages, watched) = ([0; 64], [0; 64]);
-        let mut new = Self { entries, used: bits(), global: bits(), pages, based: false, watched };
+        let some = [0; JUMP_GROUPS];
+        let mut new = Self { entries, used: bits(), global: bits(), some, pages, based: false, watched };
         new.begin_epoch();
         Ok(new)
     }
@@ -481,6 +487,7 @@ impl JumpCache {
         self.entries.set(i, entry);
         self.used.assign(i, true);
         self.global.assign(i, global);
+        self.some[i / 4096] |= 1 << (i / 64 % 64);
         let (w, bit) = Self::page_bit(la);
         self.pages[w] |= bit;
         self.based |= la.0 != entry.rip;
@@ -494,21 +501,26 @@ impl JumpCache {
 
     /// Drops the entries for which `gone` holds.
     fn drop_where(&mut self, mut gone: impl FnMut(&JumpCacheEntry, bool) -> bool) {
-        for w in 0..JUMP_CACHE_ENTRIES / 64 {
+        (0..JUMP_GROUPS).for_each(|group| self.drop_in(group, &mut gone));
+    }
+
+    /// The same among the entries of one group.
+    fn drop_in(&mut self, group: usize, mut gone: impl FnMut(&JumpCacheEntry, bool) -> bool) {
+        each_bit(group, self.some[group], |w| {
             each_bit(w, self.used.word(w), |i| {
                 if gone(&self.entries.get(i), self.global.has(i)) {
                     self.drop_entry(i);
                 }
             });
-        }
+            if self.used.word(w) == 0 {
+                self.some[group] &= !(1 << (w % 64));
+            }
+        });
     }
 
     fn flush(&mut self, globals: bool) {
         self.begin_epoch();
-        for w in 0..JUMP_CACHE_ENTRIES / 64 {
-            let keep = if globals { 0 } else { self.global.word(w) };
-            each_bit(w, self.used.word(w) & !keep, |i| self.drop_entry(i));
-        }
+        self.drop_where(|_, global| globals || !global);
         if globals {
             self.pages = [0; 64];
             self.based = false;
@@ -531,9 +543,18 @@ impl JumpCache {
         }
         let based = self.based;
         let (page, before) = (la.page().0, before.page().0);
-        self.drop_where(|e, global| {
+        let gone = |e: &JumpCacheEntry, global: bool| {
             (global || !globals_only) && (based || e.rip & PAGE_MASK == page || e.rip & PAGE_MASK == before)
-        });
+        };
+        if based {
+            return self.drop_where(gone);
+        }
+        // The offset in the page does not change the group.
+        let (one, other) = (jump_index(page) / 4096, jump_index(before) / 4096);
+        self.drop_in(one, gone);
+        if other != one {
+            self.drop_in(other, gone);
+        }
     }
 
     fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
