@@ -393,7 +393,10 @@ impl Table {
 
     /// As [`Self::drop_page`] for all pages that agree with `la` under `mask`.
     fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
-        for w in 0..self.size / 64 {
+        // The pages of a region smaller than the table have places of their own, one after the other.
+        let words = ((!mask >> PAGE_SHIFT) as usize / 64 + 1).min(self.size / 64);
+        let first = self.index(LinearAddr(la.0 & mask)) / 64 & !(words - 1);
+        for w in first..first + words {
             let among = if globals_only { self.global.word(w) } else { u64::MAX };
             each_bit(w, self.used.word(w) & among, |i| {
                 if self.holds(i, la.0, mask) {
@@ -557,9 +560,27 @@ impl JumpCache {
         }
     }
 
+    /// Whether a set by [`Self::page_bit`] may have pages of the region of `la`.
+    fn has_some(set: &[u64; 64], la: LinearAddr, mask: u64) -> bool {
+        // The bits of an aligned 2 MiB are eight aligned words.
+        const PART: u64 = 1 << 21;
+        let parts = (!mask / PART).saturating_add(1);
+        parts > 8
+            || (0..parts).any(|n| {
+                let (w, _) = Self::page_bit(LinearAddr((la.0 & mask).wrapping_add(n * PART)));
+                set[w & !7..][..8].iter().any(|&bits| bits != 0)
+            })
+    }
+
     fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
-        self.begin_epoch();
+        if Self::has_some(&self.watched, la, mask) {
+            self.begin_epoch();
+        }
         let based = self.based;
+        let (w, bit) = Self::page_bit(LinearAddr((la.0 & mask).wrapping_sub(1)));
+        if !based && self.pages[w] & bit == 0 && !Self::has_some(&self.pages, la, mask) {
+            return;
+        }
         self.drop_where(|e, global| {
             let near = |a: u64| (a ^ la.0) & mask & PAGE_MASK == 0;
             (global || !globals_only) && (based || near(e.rip) || near((e.rip | !PAGE_MASK).wrapping_add(1)))
