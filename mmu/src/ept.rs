@@ -10,11 +10,14 @@
 
 use std::fmt;
 
-use twofold_arch::vmx::ept::{self, A, ADDR, D, Eptp, IGNORE_PAT, MEMORY_TYPE, PS, R, SUPPRESS_VE, W, X, XU};
+use twofold_arch::vmx::ept::{
+    self, A, ADDR, D, Eptp, IGNORE_PAT, MEMORY_TYPE, PS, R, SUB_PAGE_WRITE, SUPPRESS_VE, W, X, XU,
+};
 use twofold_arch::vmx::qualification::ept_violation as q;
 use twofold_arch::{GuestPhysAddr, LinearAddr, PhysAddr};
 
 use crate::space::{AddressSpace, EptFault, EptFaultKind};
+use crate::sub_page;
 use crate::walk::Direct;
 
 /// What governs EPT walks: the EPTP, the controls and the processor's properties.
@@ -28,6 +31,9 @@ pub struct EptControls {
     pub accessed_dirty: bool,
     /// The VM-execution control "mode-based execute control for EPT".
     pub mode_based: bool,
+    /// The sub-page-permission-table pointer, while sub-page write permissions are in use. What is cached does not depend on
+    /// it: a page that has them is cached as one that cannot be written to.
+    pub sub_pages: Option<u64>,
     /// The processor has execute-only pages.
     pub execute_only: bool,
     /// Width of physical addresses.
@@ -46,6 +52,7 @@ impl EptControls {
             levels: eptp.levels() as u8,
             accessed_dirty: eptp.accessed_dirty(),
             mode_based: space.ept_mode_based,
+            sub_pages: space.ept_sub_pages,
             execute_only: space.ept_execute_only,
             maxphyaddr: space.maxphyaddr,
         })
@@ -126,6 +133,10 @@ pub enum EptReason {
     Missing(u64),
     /// The page-modification log is full.
     LogFull,
+    /// The entry at this level of the sub-page-permission table is not valid.
+    SubPageMiss(u8),
+    /// These reserved bits are set in an entry of the sub-page-permission table.
+    SubPageReserved(u64),
 }
 
 impl fmt::Display for EptReason {
@@ -148,6 +159,8 @@ impl fmt::Display for EptReason {
                 Ok(())
             }
             EptReason::LogFull => write!(f, "the page-modification log is full"),
+            EptReason::SubPageMiss(level) => write!(f, "SPP miss: the L{level}E is not valid"),
+            EptReason::SubPageReserved(bits) => write!(f, "SPP misconfiguration: reserved bits {bits:#x} are set"),
         }
     }
 }
@@ -173,6 +186,13 @@ pub(crate) struct EptAccess {
 }
 
 impl EptAccess {
+    /// A write to the translation of a linear address, as opposed to one to a guest paging-structure entry or to an address
+    /// that is the translation of none: those are not eligible for sub-page write permissions.
+    const fn is_translated_write(&self) -> bool {
+        let bits = (q::LINEAR_VALID | q::TRANSLATION) as u32;
+        self.need & W != 0 && self.qualification & bits == bits
+    }
+
     /// The same access needing no right at all.
     pub const fn without_needs(self) -> Self {
         Self { need: 0, ..self }
@@ -309,11 +329,33 @@ impl EptWalk {
                 if missing == 0 {
                     return Ok(self.page(c, all & rights, level));
                 }
-                (all & rights, EptReason::Missing(missing))
+                match self.sub_page(c, memory, gpa, access, (all, level)) {
+                    Ok(true) => return Ok(self.page(c, all & rights, level)),
+                    Ok(false) => (all & rights, EptReason::Missing(missing)),
+                    Err(reason) => (all & rights, reason),
+                }
             }
             Err(reason) => (0, reason),
         };
         Err((reason, self.fault(gpa, access, all, reason)))
+    }
+
+    /// Whether sub-page write permissions allow what the entries, whose AND is `all`, do not.
+    fn sub_page(
+        &self,
+        c: &EptControls,
+        memory: Direct<'_>,
+        gpa: GuestPhysAddr,
+        access: &EptAccess,
+        (all, level): (u64, u8),
+    ) -> Result<bool, EptReason> {
+        let Some(table) = c.sub_pages else { return Ok(false) };
+        let leaf = self.read().last().map_or(0, |s| s.entry);
+        let page = level == 1 && leaf & SUB_PAGE_WRITE != 0 && all & (R | W) == R;
+        if !page || !access.is_translated_write() {
+            return Ok(false);
+        }
+        sub_page::may_write(table, c.maxphyaddr, memory, gpa)
     }
 
     /// Where the last entry read is.
@@ -375,6 +417,8 @@ impl EptWalk {
                 EptFaultKind::Violation(bits)
             }
             EptReason::LogFull => EptFaultKind::LogFull,
+            EptReason::SubPageMiss(_) => EptFaultKind::SubPage { miss: true },
+            EptReason::SubPageReserved(_) => EptFaultKind::SubPage { miss: false },
             _ => EptFaultKind::Misconfiguration,
         };
         // Of the entry that was not present, else of the leaf.

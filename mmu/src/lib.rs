@@ -15,6 +15,7 @@ pub mod ram;
 pub mod rights;
 pub mod space;
 pub mod stats;
+mod sub_page;
 pub mod tlb;
 pub mod trace;
 pub mod walk;

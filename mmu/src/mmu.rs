@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use twofold_arch::paging::SHIFT_4K;
 use twofold_arch::tbflags::MemMode;
+use twofold_arch::vmx::ept::sppt::SUB_PAGE;
 use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::code::CodePages;
@@ -32,6 +33,8 @@ pub struct Translation {
     pub code: bool,
     /// From a global page.
     pub global: bool,
+    /// A write that only sub-page write permissions allow: to this byte and to the end of its 128 bytes, and now.
+    pub sub_page: bool,
 }
 
 /// Where an instruction's bytes are.
@@ -259,6 +262,7 @@ impl Mmu {
             host: (slow == 0).then(|| la.0.wrapping_add(hit.addend)),
             code: slow & SLOW_CODE != 0,
             global: hit.global,
+            sub_page: false,
         }
     }
 
@@ -389,11 +393,13 @@ impl Mmu {
             self.view_changed = true;
         }
         let slow = if access.is_write() { slow_write } else { slow_read };
+        let sub_page = access.is_write() && !m.stage2.write;
         Translation {
             pa: PhysAddr(m.page.0 | la.page_offset()),
-            host: (slow == 0).then(|| la.0.wrapping_add(addend)),
+            host: (slow == 0 && !sub_page).then(|| la.0.wrapping_add(addend)),
             code: slow & SLOW_CODE != 0,
             global: m.global,
+            sub_page,
         }
     }
 
@@ -458,6 +464,33 @@ pub(crate) fn check_linear(space: &AddressSpace, la: LinearAddr) -> Result<Linea
 
 // Reading and writing.
 impl Mmu {
+    /// Where an access of `len` bytes in one page goes.
+    #[inline]
+    fn translate_part(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        len: u64,
+        access: Access,
+    ) -> Result<PhysAddr, Fault> {
+        let t = self.translate(space, la, access)?;
+        if t.sub_page {
+            self.check_sub_pages(space, la, len, access)?;
+        }
+        Ok(t.pa)
+    }
+
+    /// A write of `len` bytes to a page with sub-page write permissions, which allow the first: whether they allow the rest.
+    #[cold]
+    fn check_sub_pages(&mut self, space: &AddressSpace, la: LinearAddr, len: u64, access: Access) -> Result<(), Fault> {
+        let mut done = SUB_PAGE - la.0 % SUB_PAGE;
+        while done < len {
+            self.translate(space, la.wrapping_add(done), access)?;
+            done += SUB_PAGE;
+        }
+        Ok(())
+    }
+
     /// The parts of an access of `len` (1..=4096) bytes, all pages checked for it.
     ///
     /// # Errors
@@ -465,11 +498,11 @@ impl Mmu {
     #[inline]
     pub fn resolve(&mut self, space: &AddressSpace, la: LinearAddr, len: u32, access: Access) -> Result<Parts, Fault> {
         let room = (PAGE_SIZE - la.page_offset()) as u32;
-        let first = self.translate(space, la, access)?.pa;
+        let first = self.translate_part(space, la, u64::from(len.min(room)), access)?;
         let mut parts =
             Parts { first: Part { pa: first, len: len.min(room), target: self.target(first) }, second: None };
         if len > room {
-            let pa = self.translate(space, la.wrapping_add(u64::from(room)), access)?.pa;
+            let pa = self.translate_part(space, la.wrapping_add(u64::from(room)), u64::from(len - room), access)?;
             parts.second = Some(Part { pa, len: len - room, target: self.target(pa) });
         }
         Ok(parts)
@@ -562,7 +595,7 @@ impl Mmu {
         while done < len {
             let at = la.wrapping_add(done as u64);
             let n = (len - done).min((PAGE_SIZE - at.page_offset()) as usize);
-            let pa = self.translate(space, at, access)?.pa;
+            let pa = self.translate_part(space, at, n as u64, access)?;
             parts.push(Part { pa, len: n as u32, target: self.target(pa) });
             done += n;
         }

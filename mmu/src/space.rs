@@ -71,6 +71,8 @@ pub struct AddressSpace {
     pub eptp: Option<u64>,
     /// The VM-execution control "mode-based execute control for EPT".
     pub ept_mode_based: bool,
+    /// The sub-page-permission-table pointer while the VM-execution control "sub-page write permissions for EPT" is 1.
+    pub ept_sub_pages: Option<u64>,
     /// Whether the CPU has execute-only pages in EPT.
     pub ept_execute_only: bool,
     /// CR0.WP.
@@ -112,6 +114,7 @@ impl AddressSpace {
             vpid: 0,
             eptp: None,
             ept_mode_based: false,
+            ept_sub_pages: None,
             ept_execute_only: true,
             wp: false,
             pse: false,
@@ -271,6 +274,11 @@ pub enum EptFaultKind {
     Misconfiguration,
     /// An accessed or dirty flag must be set, and the page-modification log is full.
     LogFull,
+    /// The sub-page write permission of the address cannot be had.
+    SubPage {
+        /// The entry is not valid (an SPP miss); else it has reserved bits set (an SPP misconfiguration).
+        miss: bool,
+    },
 }
 
 /// A fault of the second translation stage; exits to L1 (a violation may become #VE instead).

@@ -175,7 +175,7 @@ fn flags(f: &mut fmt::Formatter<'_>, entry: u64, names: &[(u64, &str)]) -> fmt::
 const GUEST_FLAGS: [(u64, &str); 9] =
     [(P, "P"), (RW, "RW"), (US, "US"), (PWT, "PWT"), (PCD, "PCD"), (A, "A"), (D, "D"), (G, "G"), (NX, "NX")];
 
-const EPT_FLAGS: [(u64, &str); 8] = [
+const EPT_FLAGS: [(u64, &str); 9] = [
     (ept::R, "R"),
     (ept::W, "W"),
     (ept::X, "X"),
@@ -183,6 +183,7 @@ const EPT_FLAGS: [(u64, &str); 8] = [
     (ept::A, "A"),
     (ept::D, "D"),
     (ept::IGNORE_PAT, "IPAT"),
+    (ept::SUB_PAGE_WRITE, "SPP"),
     (ept::SUPPRESS_VE, "SVE"),
 ];
 

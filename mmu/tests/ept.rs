@@ -1,4 +1,4 @@
-//! EPT by row, one rule at a time (rows A9, C5, C6, D2–D7, E2, E3, E5, F1–F8, F11, F12), on tables a reader can follow.
+//! EPT by row, one rule at a time (rows A9, C5, C6, D2–D7, E2, E3, E5, F1–F8, F10–F12), on tables a reader can follow.
 
 mod common;
 mod model;
@@ -931,6 +931,161 @@ fn bad_addresses() {
     b.set_leaf(PAGE, 0x000f_ffff_ffff_f000 | WB | R | W | X);
     let t = b.mmu.translate(&b.space, LinearAddr(8), access_of(Op::Write, Who::User)).unwrap();
     assert_eq!((t.pa.0, t.host), (0x000f_ffff_ffff_f008, None));
+}
+
+/// The sub-page-permission table, topmost first.
+const SPPT: u64 = 0x7_0000;
+const SPP: u64 = 1 << 61;
+
+/// A machine whose page at linear 0 cannot be written to but for the sub-pages in `vector`.
+fn with_sub_pages(levels: u64, flags: u64, vector: u64) -> Bench {
+    let mut b = Bench::new(levels, flags);
+    for at in [SPPT, SPPT + 0x1000, SPPT + 0x2000] {
+        b.set_guest(at, (at + 0x1000) | 1);
+    }
+    b.set_guest(SPPT + 0x3000 + (PAGE >> 9), vector);
+    b.set_leaf(PAGE, FRAME | WB | R | X | XU | SPP);
+    b.space.ept_sub_pages = Some(SPPT);
+    b
+}
+
+/// Sub-pages 0, 1 and 3.
+const SOME: u64 = 1 | 1 << 2 | 1 << 6;
+
+/// Row F10: each write asks for the permission of its 128 bytes; what is refused is an EPT violation like another.
+#[test]
+fn f10_sub_page_permissions() {
+    for (levels, flags) in [(4, 0), (4, AD), (5, AD)] {
+        let mut b = with_sub_pages(levels, flags, SOME);
+        b.fresh();
+        let write = access_of(Op::Write, Who::User);
+        let refused = 2 | 1 << 3 | 1 << 5 | LINEAR | FINAL | ADVANCED;
+        for la in (0..0x1000).step_by(64).chain((0..0x1000).rev().step_by(64)) {
+            let t = b.mmu.translate(&b.space, LinearAddr(la), write);
+            if SOME >> (la / 128 * 2) & 1 != 0 {
+                let t = t.unwrap();
+                assert_eq!((t.pa.0, t.host, t.sub_page), (FRAME + la, None, true));
+            } else {
+                assert_eq!(violation(t.map(|t| t.pa.0)), (refused, PAGE + la));
+            }
+            let t = b.mmu.translate(&b.space, LinearAddr(la), access_of(Op::Read, Who::User)).unwrap();
+            assert!(t.host.is_some() && !t.sub_page);
+            assert!(!b.mmu.store_cached(MemMode::User, LinearAddr(0), 8, 0));
+        }
+        // Nothing of the table is cached.
+        b.set_guest(SPPT + 0x3000 + (PAGE >> 9), SOME | 1 << 4);
+        assert_eq!(b.access(0x100, Op::Write, Who::User), Ok(FRAME + 0x100));
+        b.space.ept_sub_pages = None;
+        assert_eq!(violation(b.access(0, Op::Write, Who::User)), (refused, PAGE));
+    }
+}
+
+/// Row F10: a write completes when all the sub-pages it touches allow it; else nothing of it is made.
+#[test]
+fn f10_writes_across_sub_pages() {
+    let mut b = with_sub_pages(4, 0, SOME);
+    b.fresh();
+    let access = access_of(Op::Write, Who::User);
+    for (la, fails) in [(0x7c, None), (0xf8, None), (0xfc, Some(0x100)), (0x17c, Some(0x17c)), (0x1fc, Some(0x200))] {
+        b.set_guest(FRAME + la, 0);
+        let r = b.mmu.write(&b.space, LinearAddr(la), 8, 0x1111_1111_1111_1111, access);
+        match fails {
+            None => assert!(r.is_ok() && b.guest(FRAME + la) == 0x1111_1111_1111_1111),
+            Some(at) => assert_eq!((violation(r.map(|_| 0)).1, b.guest(FRAME + la)), (PAGE + at, 0)),
+        }
+    }
+    let bytes = |b: &mut Bench, n: usize| b.mmu.write_bytes(&b.space, LinearAddr(0x10), &vec![0x22; n], access);
+    assert!(bytes(&mut b, 0xf0).is_ok());
+    assert_eq!(b.guest(FRAME + 0xf8), 0x2222_2222_2222_2222);
+    b.set_guest(FRAME + 0x10, 0);
+    assert_eq!(violation(bytes(&mut b, 0x1f0).map(|_| 0)).1, PAGE + 0x100);
+    assert_eq!(b.guest(FRAME + 0x10), 0);
+}
+
+/// Row F10: which pages and which accesses are eligible.
+#[test]
+fn f10_what_is_eligible() {
+    let mut b = with_sub_pages(4, 0, 0);
+    let is_violation = |r| violation(r).0 & 7 == 2;
+    // A page that can be written to does not ask; one that cannot be read is not eligible; a right that is missing above is.
+    b.set_leaf(PAGE, FRAME | WB | R | W | X | SPP);
+    assert_eq!(b.user(Op::Write), Ok(FRAME + 8));
+    b.set_guest(SPPT + 0x3000 + (PAGE >> 9), SOME);
+    b.set_leaf(PAGE, FRAME | WB | X | SPP);
+    assert!(is_violation(b.user(Op::Write)));
+    b.set_leaf(PAGE, FRAME | WB | R | SPP);
+    let at = b.at(PAGE, 2);
+    b.set_guest(at, b.guest(at) & !W);
+    assert_eq!(b.user(Op::Write), Ok(FRAME + 8));
+    // A large page; and an address that is the translation of no linear address.
+    b.set_guest(at, R | WB | 1 << 7 | SPP);
+    assert!(is_violation(b.user(Op::Write)));
+    let mut b = with_sub_pages(4, 0, SOME);
+    b.fresh();
+    assert!(b.mmu.guest_phys(&b.space, GuestPhysAddr(PAGE), AccessKind::Write).is_err());
+    // A flag to set in a guest paging-structure entry.
+    b.set_guest(SPPT + 0x3000 + ((GUEST + 0x3000) >> 9), 0x5555_5555_5555_5555);
+    b.set_leaf(GUEST + 0x3000, (GUEST + 0x3000) | WB | R | SPP);
+    b.set_guest(GUEST + 0x3000, PAGE | 7);
+    assert_eq!(violation(b.user(Op::Read)), (3 | 1 << 3 | LINEAR, GUEST + 0x3000));
+    b.set_guest(GUEST + 0x3000, PAGE | 0x67);
+    assert_eq!(b.user(Op::Write), Ok(FRAME + 8));
+}
+
+/// Row F10: a write that is allowed sets the dirty flag and is logged.
+#[test]
+fn f10_dirty_flag_and_log() {
+    let mut b = with_sub_pages(4, AD, SOME);
+    b.fresh();
+    for page in 0..4 {
+        b.set_leaf(GUEST + page * 0x1000, (GUEST + page * 0x1000) | WB | R | W | A | D);
+    }
+    b.mmu.set_pml(Some(Pml { address: PhysAddr(LOG), index: 511 }));
+    b.access(0x8, Op::Write, Who::User).unwrap();
+    b.access(0x88, Op::Write, Who::User).unwrap();
+    assert_eq!(b.entry(PAGE, 1) & (A | D | W), A | D);
+    assert_eq!((b.guest(LOG + 511 * 8), b.mmu.pml().unwrap().index), (PAGE, 510));
+}
+
+/// Row F10: SPP misses and SPP misconfigurations.
+#[test]
+fn f10_misses_and_misconfigurations() {
+    let event = |b: &mut Bench| match b.user(Op::Write) {
+        Err(Fault::Ept(EptFault { kind: EptFaultKind::SubPage { miss }, gpa, la, .. })) => {
+            assert_eq!((gpa.0 & 0xfff, la), (8, Some(LinearAddr(8))));
+            miss
+        }
+        other => panic!("{other:x?}"),
+    };
+    let mut b = with_sub_pages(4, 0, SOME);
+    for at in [SPPT, SPPT + 0x1000, SPPT + 0x2000] {
+        let good = b.guest(at);
+        for bit in (1..12).chain(46..64) {
+            b.set_guest(at, good | 1 << bit);
+            assert!(!event(&mut b), "bit {bit}");
+            b.set_guest(at, (good | 1 << bit) & !1);
+            assert!(event(&mut b), "bit {bit}");
+        }
+        b.set_guest(at, 0);
+        assert!(event(&mut b));
+        // Only writes that the EPT entries refuse get that far.
+        assert_eq!(b.user(Op::Read), Ok(FRAME + 8));
+        b.set_guest(at, good);
+        assert_eq!(b.user(Op::Write), Ok(FRAME + 8));
+    }
+    for bit in (1..64).step_by(2) {
+        b.set_guest(SPPT + 0x3000 + (PAGE >> 9), SOME | 1 << bit);
+        assert!(!event(&mut b));
+    }
+    b.set_guest(SPPT + 0x1000, 0);
+    let text = b.mmu.trace_walk(&b.space, LinearAddr(8), access_of(Op::Write, Who::User)).to_string();
+    assert!(text.contains("EPT SPP miss: the L3E is not valid") && text.contains("R X XU SPP"), "{text}");
+    // An address that four levels do not cover.
+    let mut b = with_sub_pages(5, 0, SOME);
+    b.space.maxphyaddr = 52;
+    b.set_guest(EPT + 8, (EPT + 0x1000) | R | W | X | XU);
+    b.set_guest(GUEST + 0x3000, 1 << 48 | PAGE | 0x67);
+    assert!(event(&mut b));
 }
 
 /// `-d mmu`: the steps of a nested walk, and what decided.

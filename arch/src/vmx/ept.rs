@@ -138,6 +138,35 @@ impl Eptp {
     }
 }
 
+/// The sub-page-permission table (SDM Vol 3C, "Sub-Page Write Permissions"): four levels of 8-byte entries, of which the last
+/// is a vector of permissions: bit 2i for the i-th 128 bytes of the page.
+pub mod sppt {
+    use crate::paging::bits;
+
+    /// The entry references a table.
+    pub const VALID: u64 = 1 << 0;
+    /// Reserved in a vector: the odd bits.
+    pub const VECTOR_RESERVED: u64 = 0xaaaa_aaaa_aaaa_aaaa;
+    /// Bytes that one permission is for.
+    pub const SUB_PAGE: u64 = 128;
+    /// Guest-physical addresses that the four levels cover.
+    pub const WIDTH: u32 = 48;
+
+    /// Reserved in a valid entry that references a table: all but bit 0 and the table's address.
+    #[inline]
+    #[must_use]
+    pub const fn reserved(maxphyaddr: u32) -> u64 {
+        !(VALID | bits(maxphyaddr - 1, 12))
+    }
+
+    /// The bit of a vector that lets the byte at this guest-physical address be written.
+    #[inline]
+    #[must_use]
+    pub const fn vector_bit(gpa: u64) -> u64 {
+        1 << (2 * (gpa >> 7 & 31))
+    }
+}
+
 /// The virtualization-exception information area, by byte offset (SDM Vol 3C, "Virtualization Exceptions").
 pub mod ve_info {
     pub const EXIT_REASON: u64 = 0;

@@ -138,6 +138,7 @@ pub fn fault_of(fault: Fault, la: u64) -> two_stage::Fault {
                 }
                 EptFaultKind::Misconfiguration => two_stage::Refused::Misconfiguration { gpa },
                 EptFaultKind::LogFull => two_stage::Refused::LogFull { gpa },
+                EptFaultKind::SubPage { .. } => panic!("sub-page write permissions are off"),
             })
         }
         Fault::NonCanonical { .. } => panic!("canonical by construction"),

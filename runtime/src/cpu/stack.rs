@@ -4,6 +4,7 @@
 //! instruction writes it to RSP.
 
 use twofold_arch::segment::attr;
+use twofold_arch::vmx::ept::sppt::SUB_PAGE;
 use twofold_arch::{CpuState, Exception, LinearAddr, Segment, Vector};
 
 use super::mode::{SS, is_64bit};
@@ -91,6 +92,11 @@ impl Stack {
     pub fn check_write(&self, v: &mut Vcpu, size: u32) -> Result<(), Trap> {
         let la = self.address(self.sp, size)?;
         v.host_span(la, true, self.access)?;
+        // The end may be in another page, or have another sub-page write permission.
+        let last = LinearAddr(la.0.wrapping_add(u64::from(size).saturating_sub(1)) & !(SUB_PAGE - 1));
+        if last.0 > la.0 {
+            v.host_span(last, true, self.access)?;
+        }
         Ok(())
     }
 

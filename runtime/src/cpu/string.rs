@@ -163,8 +163,9 @@ impl Run {
             }
             StringKind::Ins => {
                 let to = self.address(v, false, true)?;
-                // The page must be writable before the device is asked.
+                // All of it must be writable before the device is asked.
                 v.host_span(to, true, MemAs::Cpl)?;
+                crate::fpu::Guest::check_store(v, to.0, n, MemAs::Cpl)?;
                 let value = v.io_read(v.state.gpr[RDX] as u16, n as u8);
                 v.write(to, n, u64::from(value), MemAs::Cpl)?;
             }

@@ -134,7 +134,7 @@ rows! {
         proc2::EPT_VIOLATION_VE, "vmx-ept-violation-ve", on;
         proc2::XSAVES, "vmx-xsaves", on, Xsaves;
         proc2::MODE_BASED_EXECUTE, "vmx-mbec", on;
-        proc2::SUB_PAGE_WRITE, "vmx-spp", off;
+        proc2::SUB_PAGE_WRITE, "vmx-spp", on;
         proc2::TSC_SCALING, "vmx-tsc-scaling", on;
     }
     Place::Control(Word::Proc3) => {

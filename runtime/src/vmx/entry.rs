@@ -174,6 +174,8 @@ fn address_space(v: &mut Vcpu) {
     v.space.vpid = if controls.vpid() { v.vmx.vmcs.get(Field::Vpid) as u16 } else { 0 };
     v.space.eptp = controls.ept().then(|| v.vmx.vmcs.get(Field::Eptp));
     v.space.ept_mode_based = controls.proc2 & proc2::MODE_BASED_EXECUTE != 0;
+    v.space.ept_sub_pages =
+        (controls.proc2 & proc2::SUB_PAGE_WRITE != 0).then(|| v.vmx.vmcs.get(Field::SubPagePermissionTable));
     v.space.ept_execute_only = v.model.vmx.has_ept_vpid(ept_vpid::EXECUTE_ONLY);
     let pml = (controls.proc2 & proc2::PML != 0).then(|| Pml {
         address: PhysAddr(v.vmx.vmcs.get(Field::PmlAddress)),

@@ -26,7 +26,7 @@ use twofold_arch::control::cr0;
 use twofold_arch::vmx::control::{pin, proc, proc2};
 use twofold_arch::vmx::ept::{Eptp, ve_info};
 use twofold_arch::vmx::msr::ept_vpid;
-use twofold_arch::vmx::qualification::ept_violation;
+use twofold_arch::vmx::qualification::{ept_violation, spp};
 use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo};
 use twofold_arch::{Exception, LinearAddr, PhysAddr, Vector};
 use twofold_mmu::{EptFault, EptFaultKind};
@@ -220,6 +220,11 @@ pub fn ept_exit(v: &mut Vcpu, fault: &EptFault) -> Trap {
         EptFaultKind::LogFull => {
             let nmi = if v.vmx.iret_unblocked { ept_violation::NMI_UNBLOCKING } else { 0 };
             PendingExit::new(ExitReason::PageModificationLogFull, Cause::Fault, nmi)
+        }
+        EptFaultKind::SubPage { miss } => {
+            let miss = if miss { spp::MISS } else { 0 };
+            let nmi = if v.vmx.iret_unblocked { spp::NMI_UNBLOCKING } else { 0 };
+            PendingExit::new(ExitReason::SubPagePermission, Cause::Fault, miss | nmi)
         }
     };
     v.vmx.exit.linear = la;

@@ -1,8 +1,9 @@
-//! C3, C4: PDPTE registers across exits; F9: EPTP switching; F10: what is not offered.
+//! C3, C4: PDPTE registers across exits; F9: EPTP switching; F10: sub-page write permissions.
 
 use twofold_arch::LinearAddr;
 use twofold_arch::vmx::control::vmfunc;
 use twofold_arch::vmx::ept::SUB_PAGE_WRITE;
+use twofold_arch::vmx::qualification::spp;
 use twofold_mmu::PagingMode;
 
 use super::*;
@@ -207,23 +208,121 @@ fn f9_the_eptp_index_goes_to_the_virtualization_exception() {
     assert_eq!(get(&v, Field::EptpIndex), 1);
 }
 
-/// F10: sub-page write permissions are not offered: no control, no exit, and bit 61 of an entry is ignored.
-#[test]
-fn f10_sub_page_permissions_are_not_offered() {
+/// The sub-page-permission table.
+const SPPT: u64 = EPT + 0x4000;
+const VECTOR: u64 = SPPT + 0x3000 + 0x48 * 8;
+/// The page with sub-page write permissions.
+const PAGE: u64 = 0x4_8000;
+
+/// A real-mode guest with `bytes` as its code, DS and ES at `CODE`, that may write to the first two sub-pages of the page at
+/// offset 0x8000 there.
+fn sub_page_guest(bytes: &[u8]) -> Box<Vcpu> {
     let mut v = with_real_guest();
-    assert_eq!(v.model.vmx.allowed(Word::Proc2).may & u64::from(proc2::SUB_PAGE_WRITE), 0);
     poke64(&v, EPT + 0x1000, (EPT + 0x2000) | 7);
     poke64(&v, EPT + 0x2000, (EPT + 0x3000) | 7);
     for i in 0..512 {
-        let rights = if i == 0x48 { 5 | SUB_PAGE_WRITE } else { 7 };
+        let rights = if i << 12 == PAGE { 5 | SUB_PAGE_WRITE } else { 7 };
         poke64(&v, EPT + 0x3000 + 8 * i, i << 12 | 6 << 3 | rights);
     }
-    // mov ds:[0x8000], al with the code at CODE and data at CODE + 0x8000.
-    code(&v, &[0xa2, 0x00, 0x80, 0xf4]);
-    set(&mut v, Field::guest_base(3), CODE);
-    set(&mut v, Field::guest_selector(3), CODE >> 4);
-    assert_eq!(go(&mut v), ExitReason::EptViolation);
+    for at in [SPPT, SPPT + 0x1000, SPPT + 0x2000] {
+        poke64(&v, at, (at + 0x1000) | 1);
+    }
+    poke64(&v, VECTOR, 1 | 1 << 2);
     set_bits(&mut v, Field::Proc2Controls, proc2::SUB_PAGE_WRITE);
-    super::super::instructions::vmx(&mut v, word::VMRESUME, 0, 0, NEXT).unwrap();
-    assert_eq!(outcome(&v), Result_::Valid(7));
+    set(&mut v, Field::SubPagePermissionTable, SPPT);
+    for n in [0, 3] {
+        set(&mut v, Field::guest_base(n), CODE);
+        set(&mut v, Field::guest_selector(n), CODE >> 4);
+    }
+    code(&v, bytes);
+    v.state.gpr[0] = 0x5a5a;
+    v
+}
+
+/// The guest's addresses of the last exit, which restarts the instruction at `rip`.
+fn exit_addresses(v: &Vcpu, rip: u64) -> (u64, u64) {
+    assert_eq!(get(v, Field::GuestRip), rip);
+    (get(v, Field::GuestPhysicalAddress), get(v, Field::GuestLinearAddress))
+}
+
+/// F10: writes that the sub-pages allow and refuse, plain, read-modify-write and across.
+#[test]
+fn f10_sub_page_writes() {
+    // mov [at], ax; add [at], ax; xchg [at], ax; cmpxchg [at], cx; each with hlt.
+    let instructions: [&[u8]; 4] = [&[0xa3], &[0x01, 0x06], &[0x87, 0x06], &[0x0f, 0xb1, 0x0e]];
+    for op in instructions {
+        for (at, refused) in [(0, None), (0x7f, None), (0xfe, None), (0xff, Some(0x100)), (0x100, Some(0x100))] {
+            let mut v = sub_page_guest(&[op, &(0x8000u16 + at).to_le_bytes(), &[0xf4]].concat());
+            let data = PAGE + u64::from(at);
+            poke64(&v, data, 0x5a5a);
+            v.state.gpr[1] = 0x1234;
+            v.state.gpr[0] = 0x5a5a;
+            let reason = go(&mut v);
+            if let Some(first) = refused {
+                assert_eq!((reason, peek64(&v, data)), (ExitReason::EptViolation, 0x5a5a), "{op:x?} {at:#x}");
+                assert_eq!(exit_addresses(&v, 0), (PAGE + first, PAGE + first));
+                assert_eq!(get(&v, Field::ExitQualification) & 0x1bb, 2 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 8);
+            } else {
+                let stored = match op[0] {
+                    0x01 => 0xb4b4,
+                    0x0f => 0x1234,
+                    _ => 0x5a5a,
+                };
+                assert_eq!((reason, peek64(&v, data)), (ExitReason::Hlt, stored), "{op:x?} {at:#x}");
+            }
+        }
+    }
+    // Without the control the bit in the entry means nothing.
+    let mut v = sub_page_guest(&[0xa2, 0x00, 0x80, 0xf4]);
+    let proc2 = get(&v, Field::Proc2Controls) & !u64::from(proc2::SUB_PAGE_WRITE);
+    set(&mut v, Field::Proc2Controls, proc2);
+    assert_eq!(go(&mut v), ExitReason::EptViolation);
+}
+
+/// F10: a repeated string instruction goes as far as the sub-pages allow, in either direction.
+#[test]
+fn f10_sub_page_string_writes() {
+    // rep stosw; hlt, and rep movsb; hlt
+    let mut v = sub_page_guest(&[0xf3, 0xab, 0xf4]);
+    (v.state.gpr[1], v.state.gpr[7]) = (0x40, 0x80e0);
+    assert_eq!(go(&mut v), ExitReason::EptViolation);
+    assert_eq!(exit_addresses(&v, 0), (PAGE + 0x100, PAGE + 0x100));
+    assert_eq!((v.state.gpr[1], v.state.gpr[7]), (0x30, 0x8100));
+    assert_eq!((peek64(&v, PAGE + 0xd8), peek64(&v, PAGE + 0xf8)), (0, 0x5a5a_5a5a_5a5a_5a5a));
+    assert_eq!(peek64(&v, PAGE + 0x100), 0);
+    // L1 lets the next one be written; the instruction goes on from where it was, to the end of it.
+    poke64(&v, VECTOR, 1 | 1 << 2 | 1 << 4);
+    v.state.gpr[1] = 0x40;
+    assert_eq!(go(&mut v), ExitReason::Hlt);
+    assert_eq!(peek64(&v, PAGE + 0x178), 0x5a5a_5a5a_5a5a_5a5a);
+    let mut v = sub_page_guest(&[0xfd, 0xf3, 0xa4, 0xf4]);
+    poke64(&v, VECTOR, 1 << 2);
+    (v.state.gpr[1], v.state.gpr[6], v.state.gpr[7]) = (0x100, 0x50ff, 0x80ff);
+    poke64(&v, CODE + 0x5080, 0x1122_3344_5566_7788);
+    assert_eq!(go(&mut v), ExitReason::EptViolation);
+    assert_eq!(exit_addresses(&v, 1), (PAGE + 0x7f, PAGE + 0x7f));
+    assert_eq!((v.state.gpr[1], v.state.gpr[6], v.state.gpr[7]), (0x80, 0x507f, 0x807f));
+    assert_eq!(peek64(&v, PAGE + 0x80), 0x1122_3344_5566_7788);
+}
+
+/// F10: the exits of SPP misses and misconfigurations, and that the write is made once L1 has mended the table.
+#[test]
+fn f10_sub_page_exits() {
+    let mut v = sub_page_guest(&[0xa2, 0x00, 0x80, 0xf4]);
+    for at in [SPPT, SPPT + 0x1000, SPPT + 0x2000] {
+        for (entry, qualification) in [(0, spp::MISS), ((at + 0x1000) | 3, 0)] {
+            poke64(&v, at, entry);
+            assert_eq!(go(&mut v), ExitReason::SubPagePermission);
+            assert_eq!(
+                (ExitReason::SubPagePermission.number(), get(&v, Field::ExitQualification)),
+                (66, qualification)
+            );
+            assert_eq!(exit_addresses(&v, 0), (PAGE, PAGE));
+        }
+        poke64(&v, at, (at + 0x1000) | 1);
+    }
+    poke64(&v, VECTOR, 1 | 2);
+    assert_eq!((go(&mut v), get(&v, Field::ExitQualification)), (ExitReason::SubPagePermission, 0));
+    poke64(&v, VECTOR, 1);
+    assert_eq!((go(&mut v), peek64(&v, PAGE)), (ExitReason::Hlt, 0x5a));
 }
