@@ -395,7 +395,7 @@ impl Table {
     fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
         // The pages of a region smaller than the table have places of their own, one after the other.
         let words = ((!mask >> PAGE_SHIFT) as usize / 64 + 1).min(self.size / 64);
-        let first = self.index(LinearAddr(la.0 & mask)) / 64 & !(words - 1);
+        let first = (self.index(LinearAddr(la.0 & mask)) / 64) & !(words - 1);
         for w in first..first + words {
             let among = if globals_only { self.global.word(w) } else { u64::MAX };
             each_bit(w, self.used.word(w) & among, |i| {
