@@ -1,5 +1,6 @@
 //! The guests of the nested-boot benchmark: Debian alone, and Debian with KVM, our VMM and Debian again inside.
 
+use crate::initramfs::{PROGRAM, overlay, program};
 use crate::root;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -45,43 +46,6 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// A file of a cpio archive in the format "newc".
-fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
-    let fields = [0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-    out.extend_from_slice(b"070701");
-    fields.iter().for_each(|f| out.extend_from_slice(format!("{f:08X}").as_bytes()));
-    out.extend_from_slice(name.as_bytes());
-    out.push(0);
-    out.resize(out.len().next_multiple_of(4), 0);
-    out.extend_from_slice(data);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
-/// The image `base` with files over it: name and contents, all executable.
-fn initramfs(base: &[u8], files: &[(&str, Vec<u8>)]) -> Vec<u8> {
-    let mut image = base.to_vec();
-    image.resize(image.len().next_multiple_of(4), 0);
-    for (name, data) in files {
-        cpio_entry(&mut image, name, 0o100_755, data);
-    }
-    cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
-    image
-}
-
-/// The VMM for L1, linked statically, in a target directory of its own beside this program's.
-fn vmm() -> Result<Vec<u8>, String> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let own = std::env::current_exe().map_err(|e| e.to_string())?;
-    let target = own.ancestors().nth(2).ok_or("no target directory")?.join("kvm-guests");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root()).env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
-    cargo.args(["build", "--quiet", "--release", "-p", "kvm-linux", "--target", TARGET, "--target-dir"]).arg(&target);
-    if !cargo.status().is_ok_and(|s| s.success()) {
-        return Err("cannot build kvm-linux".to_owned());
-    }
-    read(&target.join(TARGET).join("release/kvm-linux"))
-}
-
 /// Makes them, from what `tools/guests/fetch --kvm` brings.
 ///
 /// # Errors
@@ -94,18 +58,18 @@ pub fn boots() -> Result<Boots, String> {
     }
     let kernel = dir.join("amd64.vmlinuz");
     let base = read(&dir.join("hello64.gz"))?;
-    let alone = initramfs(&base, &[("init", ALONE.into())]);
+    let alone = overlay(base.clone(), &[("init", PROGRAM, ALONE.into())]);
     let module = |name: &str| read(&dir.join("kvm").join(name));
     let files = [
-        ("irqbypass.ko", module("irqbypass.ko")?),
-        ("kvm.ko", module("kvm.ko")?),
-        ("kvm-intel.ko", module("kvm-intel.ko")?),
-        ("bin/kvm-linux", vmm()?),
-        ("kernel", read(&kernel)?),
-        ("initrd", alone.clone()),
-        ("init", L1.into()),
+        ("irqbypass.ko", PROGRAM, module("irqbypass.ko")?),
+        ("kvm.ko", PROGRAM, module("kvm.ko")?),
+        ("kvm-intel.ko", PROGRAM, module("kvm-intel.ko")?),
+        ("bin/kvm-linux", PROGRAM, read(&program("kvm-linux", "kvm-guests")?)?),
+        ("kernel", PROGRAM, read(&kernel)?),
+        ("initrd", PROGRAM, alone.clone()),
+        ("init", PROGRAM, L1.into()),
     ];
-    let nested = initramfs(&base, &files);
+    let nested = overlay(base, &files);
     let scratch = std::env::temp_dir().join(format!("vmx-bench-{}-boot", std::process::id()));
     std::fs::create_dir_all(&scratch).map_err(|e| e.to_string())?;
     let write = |name: &str, image: &[u8]| {

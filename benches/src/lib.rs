@@ -7,6 +7,7 @@
 
 pub mod guests;
 pub mod hypervisor;
+mod initramfs;
 pub mod kernels;
 pub mod suite;
 

@@ -3,14 +3,11 @@
 
 mod support;
 
-use std::time::Duration;
-
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use support::{scratch, twofold_with};
+use support::loops::{BASE, ENTRY, digits, finish, in_every_tier};
+use support::scratch;
 
-const BASE: u32 = 0x10_0000;
-const ENTRY: u32 = BASE + 0x40;
 /// Two page directories, each with a page table for the first 4 MiB.
 const DIRECTORY: u32 = 0x20_0000;
 const TABLE: u32 = DIRECTORY + 0x1000;
@@ -109,32 +106,8 @@ fn guest(change: Change) -> Result<Vec<u8>, IcedError> {
     a.set_label(&mut same)?;
     a.dec(ebx)?;
     a.jne(again)?;
-    // Eight hexadecimal digits.
-    let mut digit = a.create_label();
-    a.mov(ebx, eax)?;
-    a.mov(ecx, 8)?;
-    a.set_label(&mut digit)?;
-    a.rol(ebx, 4)?;
-    a.mov(eax, ebx)?;
-    a.and(eax, 15)?;
-    a.add(eax, 0x41)?;
-    a.out(0xe9, al)?;
-    a.dec(ecx)?;
-    a.jne(digit)?;
-    a.xor(eax, eax)?;
-    a.mov(edx, 0xf4)?;
-    a.out(dx, eax)?;
-    a.hlt()?;
-    let code = a.assemble(ENTRY.into())?;
-    let mut image = vec![0; (ENTRY - BASE) as usize];
-    image.extend(code);
-    let end = BASE + image.len() as u32;
-    let flags = 1 << 16;
-    let header = [0x1bad_b002, flags, 0u32.wrapping_sub(0x1bad_b002 + flags), BASE, BASE, end, end + 0x1000, ENTRY];
-    for (i, word) in header.into_iter().enumerate() {
-        image[4 * i..4 * i + 4].copy_from_slice(&word.to_le_bytes());
-    }
-    Ok(image)
+    finish(&mut a)?;
+    a.assemble(ENTRY.into())
 }
 
 /// What it prints, by the same loop here.
@@ -148,28 +121,23 @@ fn expected() -> String {
         other ^= turn & 0xfff == 0;
         second ^= turn & 0x1fff == 0;
     }
-    (0..8).rev().map(|i| (b'A' + (sum >> (4 * i) & 15) as u8) as char).collect()
+    digits(sum)
 }
 
 #[track_caller]
 fn check(change: Change) {
-    let dir = scratch(&format!("region-pages-{change:?}"));
-    let (file, stats) = (dir.join("guest"), dir.join("stats"));
-    std::fs::write(&file, guest(change).expect("it assembles")).expect("written");
-    let (file, stats) = (file.to_str().expect("UTF-8 path"), stats.to_str().expect("UTF-8 path"));
-    for tier in ["eval", "quick", "opt", "auto"] {
-        let mut args = vec!["run", "--kernel", file, "--memory", "16M", "--serial", "none", "--debugcon", "stdio"];
-        args.extend(["--tier", tier, "--stats", stats]);
-        let run = twofold_with(&args, Duration::from_secs(120));
-        run.expect_status(1);
-        assert!(run.stdout.contains(&expected()), "{tier}: want {}:\n{}", expected(), run.shown());
+    let name = format!("region-pages-{change:?}");
+    let stats = scratch(&format!("{name}-stats")).join("stats");
+    let code = guest(change).expect("it assembles");
+    let more = ["--stats", stats.to_str().expect("UTF-8 path")];
+    in_every_tier(&name, &code, &expected(), &more, |tier| {
         if tier == "auto" {
-            let text = std::fs::read_to_string(stats).expect("statistics");
+            let text = std::fs::read_to_string(&stats).expect("statistics");
             let stats: serde_json::Value = serde_json::from_str(&text).expect("JSON");
             let checks = &stats["translation"]["regions"]["checks"];
             assert!(checks.as_u64() > Some(0), "no region in several pages was entered: {text}");
         }
-    }
+    });
 }
 
 #[test]

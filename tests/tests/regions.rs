@@ -2,14 +2,10 @@
 
 mod support;
 
-use std::time::Duration;
-
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
-use support::{scratch, twofold_with};
+use support::loops::{BASE, ENTRY, digits, finish, in_every_tier};
 
-const BASE: u32 = 0x10_0000;
-const ENTRY: u32 = BASE + 0x40;
 const DATA: u32 = BASE - 0x1000;
 
 /// A loop of several blocks that patches an immediate of one of them every 4,096 turns, by a store or by REP MOVSB, and in
@@ -17,7 +13,7 @@ const DATA: u32 = BASE - 0x1000;
 fn guest(by_string: bool) -> Result<Vec<u8>, IcedError> {
     // Twice: the first time to see where the block lies.
     let (_, patched) = assemble(by_string, ENTRY)?;
-    Ok(image(&assemble(by_string, patched)?.0))
+    Ok(assemble(by_string, patched)?.0)
 }
 
 /// The code, and where the block is that it patches, which is `target` in the end.
@@ -51,38 +47,10 @@ fn assemble(by_string: bool, target: u32) -> Result<(Vec<u8>, u32), IcedError> {
     a.set_label(&mut no_patch)?;
     a.dec(ebx)?;
     a.jne(again)?;
-    // Eight hexadecimal digits.
-    let mut digit = a.create_label();
-    a.mov(ebx, eax)?;
-    a.mov(ecx, 8)?;
-    a.set_label(&mut digit)?;
-    a.rol(ebx, 4)?;
-    a.mov(eax, ebx)?;
-    a.and(eax, 15)?;
-    a.add(eax, 0x41)?;
-    a.out(0xe9, al)?;
-    a.dec(ecx)?;
-    a.jne(digit)?;
-    a.xor(eax, eax)?;
-    a.mov(edx, 0xf4)?;
-    a.out(dx, eax)?;
-    a.hlt()?;
+    finish(&mut a)?;
     let done = a.assemble_options(ENTRY.into(), BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
     let at = done.label_ip(&patched)? as u32;
     Ok((done.inner.code_buffer, at))
-}
-
-/// A Multiboot image of the code.
-fn image(code: &[u8]) -> Vec<u8> {
-    let mut image = vec![0; (ENTRY - BASE) as usize];
-    image.extend(code);
-    let end = BASE + image.len() as u32;
-    let flags = 1 << 16;
-    let header = [0x1bad_b002, flags, 0u32.wrapping_sub(0x1bad_b002 + flags), BASE, BASE, end, end + 0x1000, ENTRY];
-    for (i, word) in header.into_iter().enumerate() {
-        image[4 * i..4 * i + 4].copy_from_slice(&word.to_le_bytes());
-    }
-    image
 }
 
 /// What it prints, by the same loop here.
@@ -97,22 +65,13 @@ fn expected() -> String {
             immediate = patches;
         }
     }
-    (0..8).rev().map(|i| (b'A' + (sum >> (4 * i) & 15) as u8) as char).collect()
+    digits(sum)
 }
 
 #[track_caller]
 fn check(by_string: bool) {
-    let dir = scratch(if by_string { "region-movs" } else { "region-store" });
-    let file = dir.join("guest");
-    std::fs::write(&file, guest(by_string).expect("it assembles")).expect("written");
-    let file = file.to_str().expect("UTF-8 path");
-    for tier in ["eval", "quick", "opt", "auto"] {
-        let args =
-            ["run", "--kernel", file, "--memory", "16M", "--serial", "none", "--debugcon", "stdio", "--tier", tier];
-        let run = twofold_with(&args, Duration::from_secs(120));
-        run.expect_status(1);
-        assert!(run.stdout.contains(&expected()), "{tier}: want {}:\n{}", expected(), run.shown());
-    }
+    let name = if by_string { "region-movs" } else { "region-store" };
+    in_every_tier(name, &guest(by_string).expect("it assembles"), &expected(), &[], |_| {});
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The suite's guest: the static binary of its programs, and the initramfs that runs it.
 
-use crate::root;
+use crate::initramfs::{DIRECTORY, PROGRAM, overlay, program};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -14,33 +14,12 @@ job=${line##*job=}
 poweroff -f
 ";
 
-/// Builds the programs, linked statically. They have a target directory of their own: other flags would make cargo build
-/// everything anew.
+/// Builds the programs.
 ///
 /// # Errors
 /// When cargo cannot be run, or fails.
 pub fn build() -> Result<PathBuf, String> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let own = std::env::current_exe().map_err(|e| e.to_string())?;
-    let target = own.ancestors().nth(2).ok_or("no target directory")?.join("bench-guests");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root()).env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
-    cargo.args(["build", "--quiet", "--release", "-p", "bench-guest", "--target", TARGET, "--target-dir"]);
-    let status = cargo.arg(&target).status().map_err(|e| format!("cargo: {e}"))?;
-    let built = target.join(TARGET).join("release/bench-guest");
-    status.success().then_some(built).ok_or_else(|| "cannot build bench-guest".to_owned())
-}
-
-/// A file of a cpio archive in the format "newc".
-fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
-    let fields = [0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-    out.extend_from_slice(b"070701");
-    fields.iter().for_each(|f| out.extend_from_slice(format!("{f:08X}").as_bytes()));
-    out.extend_from_slice(name.as_bytes());
-    out.push(0);
-    out.resize(out.len().next_multiple_of(4), 0);
-    out.extend_from_slice(data);
-    out.resize(out.len().next_multiple_of(4), 0);
+    program("bench-guest", "bench-guests")
 }
 
 /// Writes the busybox initramfs of `guests` with the programs and the suite's init over it.
@@ -49,14 +28,9 @@ fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
 /// When a file cannot be read or written.
 pub fn initramfs(guests: &Path, programs: &Path, to: &Path) -> Result<(), String> {
     let read = |p: &Path| std::fs::read(p).map_err(|e| format!("{}: {e}", p.display()));
-    let mut image = read(&guests.join("hello64.gz"))?;
-    image.resize(image.len().next_multiple_of(4), 0);
-    let mut cpio = Vec::new();
-    cpio_entry(&mut cpio, "bin/bench-guest", 0o100_755, &read(programs)?);
-    cpio_entry(&mut cpio, "tmp", 0o040_755, &[]);
-    cpio_entry(&mut cpio, "init", 0o100_755, INIT.as_bytes());
-    cpio_entry(&mut cpio, "TRAILER!!!", 0, &[]);
-    image.extend(cpio);
+    let files =
+        [("bin/bench-guest", PROGRAM, read(programs)?), ("tmp", DIRECTORY, Vec::new()), ("init", PROGRAM, INIT.into())];
+    let image = overlay(read(&guests.join("hello64.gz"))?, &files);
     std::fs::write(to, image).map_err(|e| format!("{}: {e}", to.display()))
 }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod kvm;
+pub mod loops;
 
 use std::fs;
 use std::io::{Read, Write};
