@@ -23,6 +23,7 @@ use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Probe};
 use crate::layout;
 use crate::lower::{Lowered, raise_word};
 use crate::native::Native;
+use crate::origin::{Origins, Role};
 use crate::thunk::Thunk;
 
 /// What a relocation refers to.
@@ -47,6 +48,8 @@ pub(crate) struct Emitted {
     pub exits: Vec<(u32, u32, u32)>,
     /// Where each side exit's trap instruction is, by index.
     pub traps: Vec<u32>,
+    /// If it is wanted: (start, end, source location), ascending.
+    pub locations: Option<Vec<(u32, u32, u32)>>,
 }
 
 /// `push rbp; mov rbp, rsp`
@@ -71,7 +74,8 @@ enum Place {
 /// Code that follows the body.
 enum Stub {
     Budget,
-    Exit(SideExit),
+    /// A side exit, of the guest instruction.
+    Exit(SideExit, u16),
     /// The slow path of a probe in the body: back to the offset, on behalf of the guest instruction.
     Miss(MemInfo, u32, u16),
     /// A probe as a subroutine.
@@ -91,6 +95,7 @@ struct Assembler<'a> {
     stubs: Vec<Stub>,
     /// Displacements that go to stubs.
     fixups: Vec<(u32, usize)>,
+    origins: Origins,
 }
 
 /// Makes the block.
@@ -122,6 +127,7 @@ pub(crate) fn assemble(
         returns: Vec::new(),
         stubs: vec![Stub::Budget],
         fixups: Vec::new(),
+        origins: Origins { wanted: emitted.locations.is_some(), list: Vec::new() },
     };
     let entry = a.entry(fixed, prologue, counter);
     // Body: pieces between the places that are written anew.
@@ -136,13 +142,14 @@ pub(crate) fn assemble(
                 let at = at as usize;
                 if is_jump(code, at as u32) {
                     let start = at - 1 - epilogue.len();
-                    a.out.extend(code.get(from..start).ok_or(CompileError::Malformed)?);
+                    a.copy(emitted, from, start)?;
+                    a.mark(Role::Exit, insn);
                     a.jump_out(target, fixed || probe == Probe::OutOfLine);
                     if fixed {
                         a.out.extend(std::iter::repeat_n(0xcc, epilogue.len()));
                     }
                 } else {
-                    a.out.extend(code.get(from..at - 1).ok_or(CompileError::Malformed)?);
+                    a.copy(emitted, from, at - 1)?;
                     a.call(target, insn, lowered, fixed, !fixed && probe == Probe::Inline)?;
                 }
                 from = at + 4;
@@ -150,15 +157,15 @@ pub(crate) fn assemble(
             _ => {
                 let Some(&(start, stop, index)) = exits.next() else { break };
                 let at = side_exit(emitted, start, stop, index)?;
-                a.out.extend(code.get(from..at).ok_or(CompileError::Malformed)?);
+                a.copy(emitted, from, at)?;
                 let side = *lowered.exits.get(index as usize).ok_or(CompileError::Malformed)?;
-                let place = a.exit_place(side);
+                let place = a.exit_place(side, emitted.insn_at(at));
                 a.displacement(place);
                 from = at + 4;
             }
         }
     }
-    a.out.extend(code.get(from..end).ok_or(CompileError::Malformed)?);
+    a.copy(emitted, from, end)?;
     a.finish_stubs();
     a.returns.sort_unstable();
     Ok(CompiledTb {
@@ -173,6 +180,7 @@ pub(crate) fn assemble(
         framed,
         first_slot: 0,
         sites: Vec::new(),
+        origins: a.origins.list,
     })
 }
 
@@ -253,7 +261,27 @@ fn saved(code: &[u8], at: u8) -> Option<&[u8]> {
     code.get(..len)
 }
 
+impl Emitted {
+    /// The guest instruction that the byte at `at` is for, if that is noted.
+    fn insn_at(&self, at: usize) -> u16 {
+        let mut locations = self.locations.iter().flatten();
+        locations.find(|l| (l.0 as usize..l.1 as usize).contains(&at)).map_or(0, |l| l.2 as u16)
+    }
+}
+
 impl Assembler<'_> {
+    /// Takes over Cranelift's code.
+    fn copy(&mut self, emitted: &Emitted, from: usize, to: usize) -> Result<(), CompileError> {
+        if let Some(locations) = &emitted.locations {
+            self.origins.copied((from, to), self.out.len(), locations, |bits| (Role::Body, (0, bits as u16)));
+        }
+        self.out.extend(emitted.code.get(from..to).ok_or(CompileError::Malformed)?);
+        Ok(())
+    }
+    /// What is emitted from here on is for guest instruction `insn`.
+    fn mark(&mut self, role: Role, insn: u16) {
+        self.origins.mark(self.out.len(), role, (0, insn));
+    }
     fn emit(&mut self, bytes: &[u8]) {
         self.out.extend(bytes);
     }
@@ -304,6 +332,7 @@ impl Assembler<'_> {
             self.out.resize(HEADER + prologue - len, 0xcc);
         }
         let start = self.out.len();
+        self.mark(Role::Entry, 0);
         // mov rdi, rbp; mov eax, [rdi]; sub eax, n; mov [rdi], eax; or eax, [rdi + 4]; js
         self.emit(&[0x48, 0x89, 0xef, 0x8b, 0x07]);
         if wide {
@@ -335,11 +364,13 @@ impl Assembler<'_> {
     ) -> Result<(), CompileError> {
         let probe = match target {
             Target::Thunk(t) => {
+                self.mark(Role::Body, insn);
                 self.call_thunk(t, insn);
                 return Ok(());
             }
             Target::Slot(_) => return Err(CompileError::Malformed),
             Target::Native(native) => {
+                self.mark(Role::Body, insn);
                 let code = native.bytes();
                 if !lowered_fixed {
                     self.emit(&code);
@@ -354,6 +385,7 @@ impl Assembler<'_> {
             }
             Target::Probe(n) => *lowered.probes.get(n as usize).ok_or(CompileError::Malformed)?,
         };
+        self.mark(Role::Access, insn);
         if inline {
             let field = self.probe(probe);
             self.fixups.push((field, self.stubs.len()));
@@ -480,12 +512,12 @@ impl Assembler<'_> {
     }
 
     /// Where a side exit's branch goes: a direct exit without anything else to do is the branch itself.
-    fn exit_place(&mut self, side: SideExit) -> Place {
+    fn exit_place(&mut self, side: SideExit, insn: u16) -> Place {
         let direct = matches!(side.exit, Exit::Jump { .. }) && side.retired == self.block.retired && !self.framed;
         if direct {
             return self.new_slot(side.exit);
         }
-        self.stub(Stub::Exit(side))
+        self.stub(Stub::Exit(side, insn))
     }
     fn new_slot(&mut self, exit: Exit) -> Place {
         let Exit::Jump { off } = exit else { return Place::Stub(0) };
@@ -511,6 +543,13 @@ impl Assembler<'_> {
 
     fn finish_stub(&mut self, stub: Stub) {
         let size = self.block.flags.size();
+        let (role, insn) = match stub {
+            Stub::Budget => (Role::Budget, 0),
+            Stub::Miss(_, _, insn) => (Role::Slow, insn),
+            Stub::Exit(_, insn) => (Role::Exit, insn),
+            Stub::Routine(_) | Stub::Native(_) => (Role::Shared, 0),
+        };
+        self.mark(role, insn);
         match stub {
             Stub::Budget => {
                 // mov esi, ...
@@ -536,7 +575,7 @@ impl Assembler<'_> {
                 self.emit(&native.bytes());
                 self.emit(&[0xc3]);
             }
-            Stub::Exit(side) => {
+            Stub::Exit(side, _) => {
                 if self.framed {
                     self.emit(&UNFRAME);
                 }

@@ -19,6 +19,7 @@ use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
 use crate::lower::{self, Buffers};
 use crate::native::Native;
+use crate::origin::Origin;
 use crate::thunk::Thunk;
 
 /// How a memory access finds its host address.
@@ -97,6 +98,8 @@ pub struct CompiledTb {
     pub(crate) first_slot: u16,
     /// Of a region: what `returns` refers to, see [`crate::InstalledTb::site`].
     pub(crate) sites: Vec<(i32, u16)>,
+    /// What the code is for, if the compiler was to note it. Ascending.
+    pub(crate) origins: Vec<Origin>,
 }
 
 impl CompiledTb {
@@ -133,6 +136,7 @@ pub struct Compiler {
     control: ControlPlane,
     buffers: Buffers,
     stats: CompileStats,
+    annotate: bool,
 }
 
 impl std::fmt::Debug for Compiler {
@@ -152,7 +156,12 @@ impl Compiler {
         }
         let isa = host_isa("none").ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
-        Ok(Self { options, isa, context, control, buffers, stats: CompileStats::default() })
+        Ok(Self { options, isa, context, control, buffers, stats: CompileStats::default(), annotate: false })
+    }
+
+    /// From now on, whether to note what guest instruction each piece of host code is from ([`CompiledTb::pieces`]).
+    pub fn annotate(&mut self, wanted: bool) {
+        self.annotate = wanted;
     }
 
     /// Compiles a block.
@@ -218,7 +227,7 @@ impl Compiler {
         if buffer.data().len() > MAX_TB_BYTES / 4 {
             return Err(CompileError::TooLarge);
         }
-        let emitted = emitted(&self.context.func, buffer, lowered.exits.len())?;
+        let emitted = emitted(&self.context.func, buffer, lowered.exits.len(), self.annotate)?;
         let tb = assemble(&emitted, &lowered, block, self.options.probe, counter)?;
         if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
     }
@@ -229,10 +238,15 @@ pub(crate) fn emitted(
     func: &Function,
     buffer: &MachBufferFinalized<Final>,
     exits: usize,
+    annotate: bool,
 ) -> Result<Emitted, CompileError> {
     let names = func.params.user_named_funcs();
     let locations = buffer.get_srclocs_sorted();
     let mut e = Emitted { code: buffer.data().to_vec(), ..Emitted::default() };
+    if annotate {
+        let known = locations.iter().filter(|l| !l.loc.is_default());
+        e.locations = Some(known.map(|l| (l.start, l.end, l.loc.bits())).collect());
+    }
     for reloc in buffer.relocs() {
         let unexpected = || CompileError::Codegen(format!("relocation {:?}", reloc.kind));
         let FinalizedRelocTarget::ExternalName(ExternalName::User(name)) = reloc.target else {

@@ -145,6 +145,10 @@ pub(crate) fn lower(func: &mut Function, block: &Block, buf: &mut Buffers) -> Re
         }
         l.op(i, op)?;
     }
+    // Instructions without ops of their own, like a jump: the exit is theirs.
+    if next_insn < block.insns.len() {
+        l.cur.set_srcloc(SourceLoc::new(block.insns.len() as u32 - 1));
+    }
     l.exit(&end, block.retired)?;
     Ok(out)
 }

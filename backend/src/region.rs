@@ -12,10 +12,11 @@ use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::isa::OwnedTargetIsa;
 use twofold_ir::Block;
 
-use crate::assemble::{Target, in_place};
+use crate::assemble::{Emitted, Target, in_place};
 use crate::code::MAX_TB_BYTES;
 use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Options, emitted, host_isa, verify};
 use crate::lower::{Buffers, LoweredRegion, lower_region};
+use crate::origin::{Origins, Role};
 
 /// Slots of regions are numbered from here on, so that they differ from those of the root's own code.
 pub const REGION_SLOTS: u16 = 0x8000;
@@ -46,6 +47,7 @@ pub struct RegionCompiler {
     context: Context,
     control: ControlPlane,
     buffers: Buffers,
+    annotate: bool,
 }
 
 impl std::fmt::Debug for RegionCompiler {
@@ -65,7 +67,12 @@ impl RegionCompiler {
         }
         let isa = host_isa("speed").ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
-        Ok(Self { options, isa, context, control, buffers })
+        Ok(Self { options, isa, context, control, buffers, annotate: false })
+    }
+
+    /// From now on, whether to note what guest instruction each piece of host code is from ([`CompiledTb::pieces`]).
+    pub fn annotate(&mut self, wanted: bool) {
+        self.annotate = wanted;
     }
 
     /// Compiles the blocks, entered at the first, as [`twofold_ir::passes::join_all`] makes them. All have the same key bits; with
@@ -118,19 +125,22 @@ impl RegionCompiler {
         if buffer.data().len() > MAX_TB_BYTES / 2 {
             return Err(CompileError::TooLarge);
         }
-        let emitted = emitted(&self.context.func, buffer, 0)?;
+        let emitted = emitted(&self.context.func, buffer, 0, self.annotate)?;
         let size = blocks.first().ok_or(CompileError::Malformed)?.flags.size();
-        place(&emitted.code, &emitted.relocs, lowered, size)
+        place(&emitted, lowered, size)
     }
 }
 
 /// Puts the entry before the code, and what refers to the outside in lists.
-fn place(
-    code: &[u8],
-    relocs: &[(u32, Target, u16)],
-    lowered: LoweredRegion,
-    size: twofold_arch::CodeSize,
-) -> Result<CompiledTb, CompileError> {
+fn place(emitted: &Emitted, lowered: LoweredRegion, size: twofold_arch::CodeSize) -> Result<CompiledTb, CompileError> {
+    let (code, relocs) = (&emitted.code, &emitted.relocs);
+    let mut origins = Origins { wanted: emitted.locations.is_some(), list: Vec::new() };
+    origins.mark(HEADER - ENTRY.len(), Role::Entry, (0, 0));
+    origins.copied((0, code.len()), HEADER, emitted.locations.as_deref().unwrap_or_default(), |bits| {
+        let insn = lowered.site_insns.get(bits as usize & 0xffff).copied().unwrap_or_default();
+        (Role::of_location(bits), insn)
+    });
+    origins.mark(HEADER + code.len(), Role::Shared, (0, 0));
     let mut out = vec![0xcc; HEADER - ENTRY.len()];
     out.extend(ENTRY);
     out.extend(code);
@@ -186,6 +196,7 @@ fn place(
         framed: true,
         first_slot: REGION_SLOTS,
         sites: lowered.sites,
+        origins: origins.list,
     })
 }
 

@@ -128,8 +128,8 @@ impl CompiledTb {
             return None;
         }
         let (fixed, framed) = (bits & 1 != 0, bits & 2 != 0);
-        let (first_slot, sites) = (0, Vec::new());
-        Some(Self { code, entry, calls, slots, returns, charged, size, fixed, framed, first_slot, sites })
+        let (first_slot, sites, origins) = (0, Vec::new(), Vec::new());
+        Some(Self { code, entry, calls, slots, returns, charged, size, fixed, framed, first_slot, sites, origins })
     }
 }
 
@@ -150,6 +150,7 @@ mod tests {
             framed: false,
             first_slot: 0,
             sites: Vec::new(),
+            origins: Vec::new(),
         }
     }
 

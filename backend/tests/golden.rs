@@ -161,6 +161,11 @@ fn emitted_code_is_as_recorded() {
             let mut compiler = Compiler::new(Options { probe, verify: true }).unwrap();
             let tb = compiler.compile(&block).unwrap();
             let listing = tb.listing();
+            compiler.annotate(true);
+            let noted = compiler.compile(&block).unwrap();
+            assert_eq!(noted.listing(), listing, "{name}: to note where code is from changes none of it");
+            let pieces: usize = noted.pieces().iter().map(|p| p.code.len()).sum();
+            assert_eq!(pieces, listing.lines().count(), "{name}");
             let _ = write!(text, "\n; {probe:?}: {} instructions\n{listing}", listing.lines().count());
         }
         let path = dir.join(format!("{name}.txt"));

@@ -157,6 +157,27 @@ impl Display for Op {
     }
 }
 
+impl Block {
+    /// Op `i` as text: the value it makes, if any, the op, and where a side exit goes.
+    #[must_use]
+    pub fn line(&self, i: usize) -> impl Display {
+        core::fmt::from_fn(move |f| {
+            let Some(op) = self.ops.get(i) else { return Ok(()) };
+            if op.result().is_some() {
+                write!(f, "v{i} = ")?;
+            }
+            write!(f, "{op}")?;
+            match *op {
+                Op::ExitIf { exit, .. } => match self.exits.get(exit as usize) {
+                    Some(side) => write!(f, " retired {} {}", side.retired, side.exit),
+                    None => Ok(()),
+                },
+                _ => Ok(()),
+            }
+        })
+    }
+}
+
 impl Display for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let crosses = if self.crosses_page { " crosses_page" } else { "" };
@@ -167,18 +188,12 @@ impl Display for Block {
             while let Some(x) = insns.next_if(|x| x.first as usize <= i) {
                 writeln!(f, "insn {:#x} len {}", x.off, x.len)?;
             }
-            f.write_str("  ")?;
-            if op.result().is_some() {
-                write!(f, "v{i} = ")?;
-            }
-            write!(f, "{op}")?;
             if let Op::ExitIf { exit, .. } = *op
-                && let Some(side) = self.exits.get(exit as usize)
+                && let Some(used) = used.get_mut(exit as usize)
             {
-                used[exit as usize] = true;
-                write!(f, " retired {} {}", side.retired, side.exit)?;
+                *used = true;
             }
-            writeln!(f)?;
+            writeln!(f, "  {}", self.line(i))?;
         }
         for x in insns {
             writeln!(f, "insn {:#x} len {}", x.off, x.len)?;

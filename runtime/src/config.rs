@@ -111,7 +111,11 @@ impl DebugItem {
         (DebugItem::Ir, "ir", "each block's IR as the front end made it"),
         (DebugItem::IrOpt, "ir_opt", "each block's IR after the passes"),
         (DebugItem::Clif, "clif", "Cranelift IR of each compiled block"),
-        (DebugItem::OutAsm, "out_asm", "host code of each compiled block"),
+        (
+            DebugItem::OutAsm,
+            "out_asm",
+            "guest instructions, IR and host code of each compiled block and region, interleaved",
+        ),
         (DebugItem::Exec, "exec", "each block as the dispatcher enters it"),
         (DebugItem::Int, "int", "exceptions and interrupts as they are delivered"),
         (DebugItem::Mmu, "mmu", "page walks and their faults"),

@@ -20,11 +20,12 @@ use cranelift_codegen::ir::{
     AliasRegionData, Block as ClifBlock, BlockArg, Function, InstBuilder, MemFlagsData, SourceLoc, Value as Clif, types,
 };
 use twofold_ir::passes::place_of;
-use twofold_ir::{Block, Exit, Helper, Op, Ty};
+use twofold_ir::{Block, Exit, GuestInsn, Helper, Op, Ty};
 
 use super::{Buffers, Lowered, Lowering, Shape, V, signature};
 use crate::compiler::CompileError;
 use crate::layout;
+use crate::origin::Role as Part;
 use crate::region::{Counter, Guard};
 use crate::thunk::Thunk;
 use slots::Slots;
@@ -39,6 +40,8 @@ pub(crate) struct LoweredRegion {
     pub slot_pages: Vec<i32>,
     /// For each guest instruction: its RIP minus `rip_base`, and what its abandonment gives back to the budget.
     pub sites: Vec<(i32, u16)>,
+    /// And which it is: the block's index, and its own in there.
+    pub site_insns: Vec<(u16, u16)>,
 }
 
 /// How the blocks hang together.
@@ -145,6 +148,7 @@ struct RegionLowering<'a> {
     graph: Graph,
     slots: Slots,
     sites: Vec<(i32, u16)>,
+    site_insns: Vec<(u16, u16)>,
     /// The pages with blocks, in bytes from the root's.
     pages: Vec<i32>,
     slot_pages: Vec<i32>,
@@ -203,6 +207,7 @@ pub(crate) fn lower_region(
         graph,
         slots,
         sites: Vec::new(),
+        site_insns: Vec::new(),
         pages: Vec::new(),
         slot_pages: Vec::new(),
         page: 0,
@@ -217,6 +222,8 @@ pub(crate) fn lower_region(
         tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
     };
     r.sites.push((root.place(), 0));
+    r.site_insns.push((0, 0));
+    r.part(Part::Entry);
     for insn in blocks.iter().flat_map(|b| &b.insns) {
         if !r.pages.contains(&insn.page) {
             r.pages.push(insn.page);
@@ -227,8 +234,8 @@ pub(crate) fn lower_region(
     for i in 0..blocks.len() {
         r.block(i, counters.and_then(|c| c.get(i)).map_or(&[], Vec::as_slice))?;
     }
-    let (sites, slot_pages) = (r.sites, r.slot_pages);
-    Ok(LoweredRegion { slots: out.slots, slot_pages, sites })
+    let (sites, site_insns, slot_pages) = (r.sites, r.site_insns, r.slot_pages);
+    Ok(LoweredRegion { slots: out.slots, slot_pages, sites, site_insns })
 }
 
 impl RegionLowering<'_> {
@@ -314,19 +321,30 @@ impl RegionLowering<'_> {
         let mut next_insn = 0;
         for (n, op) in b.ops.iter().enumerate() {
             while let Some(insn) = b.insns.get(next_insn).filter(|insn| insn.first as usize <= n) {
-                self.page = insn.page;
-                self.sites.push((insn.place(), b.retired.saturating_sub(next_insn as u16)));
-                self.l.cur.set_srcloc(SourceLoc::new(self.sites.len() as u32 - 1));
+                self.begin_insn(insn, next_insn);
                 next_insn += 1;
                 counters.iter().filter(|c| c.0 == insn.place()).for_each(|c| self.count(c.1));
             }
             self.op(n, op)?;
         }
-        for insn in b.insns.iter().skip(next_insn) {
-            self.page = insn.page;
+        for (n, insn) in b.insns.iter().enumerate().skip(next_insn) {
+            self.begin_insn(insn, n);
             counters.iter().filter(|c| c.0 == insn.place()).for_each(|c| self.count(c.1));
         }
         self.leave(&end, b.retired)
+    }
+
+    /// What is emitted from here on belongs to instruction `n` of the block.
+    fn begin_insn(&mut self, insn: &GuestInsn, n: usize) {
+        self.page = insn.page;
+        self.sites.push((insn.place(), self.l.block.retired.saturating_sub(n as u16)));
+        self.site_insns.push((self.at as u16, n as u16));
+        self.part(Part::Body);
+    }
+
+    /// What is emitted from here on has this part in the instruction.
+    fn part(&mut self, role: Part) {
+        self.l.cur.set_srcloc(SourceLoc::new(role.location(self.sites.len() as u32 - 1)));
     }
 
     /// Adds one to an execution count.
@@ -381,6 +399,7 @@ impl RegionLowering<'_> {
         let budget = self.budget;
         self.leave(exit, retired)?;
         self.budget = budget;
+        self.part(Part::Body);
         self.l.cur.goto_bottom(next);
         Ok(())
     }
@@ -398,6 +417,7 @@ impl RegionLowering<'_> {
                 self.l.cur.ins().jump(self.heads[to], &args);
             }
             None => {
+                self.part(Part::Exit);
                 self.write_back();
                 self.outside(exit)?;
             }
@@ -430,6 +450,7 @@ impl RegionLowering<'_> {
 
     /// To block `to`, unless the budget has run out or somebody wants attention.
     fn jump_checked(&mut self, to: usize) {
+        self.part(Part::Budget);
         // Atomic so that every time round looks again.
         let at = self.l.cur.ins().iadd_imm_s(self.l.state, layout::ATTENTION as i64);
         let attention = self.l.cur.ins().atomic_load(types::I32, MemFlagsData::trusted(), at);

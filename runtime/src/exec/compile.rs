@@ -18,6 +18,7 @@ use twofold_ir::Block;
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 
 use super::cache::Source;
+use super::listing::listing;
 use super::region::{Member, RegionState};
 use super::tb::{TbId, TierState};
 use super::turns::Broadcast;
@@ -31,6 +32,8 @@ pub struct Piece {
     off: u16,
     insns: usize,
     bytes: Vec<u8>,
+    /// The linear address that it had when it was translated, for traces.
+    rip: u64,
     /// The entry of the table of execution counts that its code adds to.
     counter: Option<u32>,
     /// Of a region's block: its page, in bytes from the root's, and where its indirect exit has been seen to lead.
@@ -42,7 +45,7 @@ impl Piece {
     #[must_use]
     pub fn of(vcpu: &Vcpu, id: TbId) -> Self {
         let tb = vcpu.jit.tbs.get(id);
-        let (pa, len) = (tb.key.pa, tb.len as usize);
+        let (pa, len, rip) = (tb.key.pa, tb.len as usize, tb.rip);
         let mut bytes = vec![0; len];
         let first = len.min(0x1000 - pa.page_offset() as usize);
         vcpu.shared.map.read(pa, &mut bytes[..first]);
@@ -50,7 +53,7 @@ impl Piece {
             vcpu.shared.map.read(page, &mut bytes[first..]);
         }
         let (off, insns, counter) = (pa.page_offset() as u16, tb.insns as usize, vcpu.jit.counts.counter(id));
-        Self { id, serial: tb.serial, off, insns, bytes, counter, place: (0, Vec::new()) }
+        Self { id, serial: tb.serial, off, insns, bytes, rip, counter, place: (0, Vec::new()) }
     }
 
     /// The block's IR as the front end makes it.
@@ -66,6 +69,18 @@ impl Piece {
         };
         let (off, max_insns) = (self.off, self.insns);
         translate_block(Request { flags, off, page, next_page: &mut next_page, features, max_insns }).ok()
+    }
+
+    /// The bytes of an instruction that is `place` bytes from the start of the root's page, if it is one of this block's.
+    #[must_use]
+    pub fn guest_bytes(&self, place: i32, len: usize) -> Option<&[u8]> {
+        let start = place.checked_sub(self.place.0.checked_add(i32::from(self.off))?)?;
+        self.bytes.get(usize::try_from(start).ok()?..)?.get(..len)
+    }
+    /// The linear address `place` bytes from the start of this block's page.
+    #[must_use]
+    pub fn rip_of(&self, place: i32) -> u64 {
+        self.rip.wrapping_sub(self.off.into()).wrapping_add_signed(place.into())
     }
 
     fn member(&self) -> Member {
@@ -236,13 +251,16 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
                 if job.texts.has(DebugItem::Clif) {
                     text += &compiler.clif_text(&block).unwrap_or_else(|e| format!("{e}\n"));
                 }
-                compiler.compile_counted(&block, job.root.counter)
+                let annotate = job.texts.has(DebugItem::OutAsm);
+                compiler.annotate(annotate);
+                let compiled = compiler.compile_counted(&block, job.root.counter);
+                if let (true, Ok(compiled)) = (annotate, &compiled) {
+                    text += &listing(&job.root, &[], job.flags, &[block], compiled);
+                }
+                compiled
             }
             None => Err(CompileError::Malformed),
         };
-        if let (true, Ok(compiled)) = (job.texts.has(DebugItem::OutAsm), &result) {
-            text += &compiled.listing();
-        }
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         // Counted first: the dispatcher may look for an answer that is not there yet, never miss one that is.
         ready.fetch_add(1, Ordering::Release);
@@ -279,7 +297,13 @@ fn compile_region(
     if job.texts.has(DebugItem::Clif) {
         *text += &regions.clif_text(&blocks).unwrap_or_else(|e| format!("{e}\n"));
     }
-    regions.compile(&blocks, job.guard, Some(&counters))
+    let annotate = job.texts.has(DebugItem::OutAsm);
+    regions.annotate(annotate);
+    let compiled = regions.compile(&blocks, job.guard, Some(&counters))?;
+    if annotate {
+        *text += &listing(&job.root, others, job.flags, &blocks, &compiled);
+    }
+    Ok(compiled)
 }
 
 /// Asks for host code for block `id`.
@@ -353,15 +377,17 @@ fn take(vcpu: &mut Vcpu, done: Done) {
         vcpu.counters.compile_stale += 1;
         return;
     }
-    if !done.text.is_empty() {
-        let text = format!("{:016x}: host code\n{}", tb.rip, done.text);
-        vcpu.trace.write(&text);
-    }
+    let (rip, text) = (tb.rip, done.text);
     if let Some(members) = done.members {
         vcpu.counters.region_ns += done.ns;
         match done.result {
-            Ok(compiled) => super::region::install(vcpu, &members, &compiled),
+            Ok(compiled) => {
+                super::region::install(vcpu, &members, &compiled);
+                let entry = vcpu.jit.tbs.get(done.id).region.as_ref().map(|r| r.code.entry);
+                show(vcpu, rip, entry, &text);
+            }
             Err(error) => {
+                show(vcpu, rip, None, &text);
                 vcpu.counters.regions_refused += 1;
                 vcpu.jit.cells.release(done.id);
                 vcpu.jit.tbs.get_mut(done.id).region_state = RegionState::Refused;
@@ -374,13 +400,37 @@ fn take(vcpu: &mut Vcpu, done: Done) {
         Ok(compiled) => {
             keep(vcpu, done.id, &compiled);
             install(vcpu, done.id, &compiled);
+            let entry = vcpu.jit.tbs.get(done.id).code.as_ref().map(|c| c.entry);
+            show(vcpu, rip, entry, &text);
         }
         Err(error) => {
+            show(vcpu, rip, None, &text);
             vcpu.counters.compile_refused += 1;
             vcpu.jit.tbs.get_mut(done.id).tier = TierState::Refused;
             vcpu.trace.warn_once("compile", &format!("a block stays in the evaluator: {error}"));
         }
     }
+}
+
+/// `-d clif,out_asm`: what was compiled, and where its host code now lies.
+fn show(vcpu: &mut Vcpu, rip: u64, entry: Option<u64>, text: &str) {
+    if text.is_empty() {
+        return;
+    }
+    let place = entry.map_or(String::from("not installed"), |entry| format!("host code from {entry:#x} on"));
+    vcpu.trace.write(&format!("{rip:016x}: {place}\n{text}\n"));
+}
+
+/// `-d out_asm`: a block that an earlier run compiled.
+#[cold]
+pub(super) fn show_cached(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
+    let (piece, flags, features) = (Piece::of(vcpu, id), vcpu.jit.tbs.get(id).key.flags, vcpu.model.features);
+    let Some(mut block) = piece.translate(flags, features) else { return };
+    vcpu.jit.passes.run(&mut block, &PassOptions::HOST);
+    let tb = vcpu.jit.tbs.get(id);
+    let (rip, entry) = (tb.rip, tb.code.as_ref().map(|c| c.entry));
+    let text = listing(&piece, &[], flags, &[block], compiled);
+    show(vcpu, rip, entry, &format!("from the code cache: what is for which instruction is not kept there\n{text}"));
 }
 
 /// `--perf`: notes the code of block `id`, or of the region that it is the root of.

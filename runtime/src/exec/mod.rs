@@ -11,6 +11,7 @@ pub mod counts;
 pub mod dispatch;
 pub mod env;
 pub mod jit;
+mod listing;
 pub mod region;
 pub mod slow;
 pub mod tb;

@@ -92,6 +92,9 @@ fn store_cached(vcpu: &mut Vcpu, key: TbKey, cached: Cached) -> TbId {
     let rip = vcpu.state.rip_base.wrapping_add(key.pa.page_offset());
     let id = insert(vcpu, key, (None, rip), cached.len.into(), cached.insn_offs, None);
     super::compile::install(vcpu, id, &cached.code);
+    if vcpu.debug.has(DebugItem::OutAsm) {
+        super::compile::show_cached(vcpu, id, &cached.code);
+    }
     id
 }
 

@@ -15,6 +15,7 @@ use crate::abi::{AccessKind, MemInfo};
 use crate::compiler::CompileError;
 use crate::layout;
 use crate::lower::{Shape, V, clif};
+use crate::origin::Role as Part;
 use crate::thunk::Thunk;
 
 /// The two ways of an access: where the cursor is after a probe.
@@ -40,6 +41,7 @@ impl RegionLowering<'_> {
         addr: Clif,
         result: Option<Type>,
     ) -> Probed {
+        self.part(Part::Access);
         let info = MemInfo::new(kind, ty.log2_bytes(), flags, self.l.block.flags.mem_mode());
         let (slow, hit, next) = (self.l.new_block(true), self.l.new_block(false), self.l.new_block(false));
         if let Some(t) = result {
@@ -103,6 +105,7 @@ impl RegionLowering<'_> {
         let args: Vec<BlockArg> = fast.into_iter().chain(opens).map(BlockArg::Value).collect();
         self.l.cur.ins().jump(p.next, &args);
         self.l.cur.goto_bottom(p.slow);
+        self.part(Part::Slow);
         self.write_back();
     }
     /// Ends the slow way; the cursor is then after the access.
@@ -111,6 +114,7 @@ impl RegionLowering<'_> {
         let args: Vec<BlockArg> = slow.into_iter().chain(none).map(BlockArg::Value).collect();
         self.l.cur.ins().jump(p.next, &args);
         self.l.cur.goto_bottom(p.next);
+        self.part(Part::Access);
         if let (Some((window, _)), Some(&v)) = (p.opens, self.l.cur.func.dfg.block_params(p.next).last()) {
             self.windows.insert(window, v);
         }
@@ -156,6 +160,7 @@ impl RegionLowering<'_> {
         } else {
             self.l.set_wide(i, ty, v);
         }
+        self.part(Part::Body);
         Ok(())
     }
 
@@ -185,6 +190,7 @@ impl RegionLowering<'_> {
         }
         let host = self.rejoin_at(&p, addr)?;
         self.l.cur.ins().store(self.guest, x, host, 0);
+        self.part(Part::Body);
         Ok(())
     }
 
@@ -237,6 +243,7 @@ impl RegionLowering<'_> {
         let slow = self.l.load_at(clif(ty), at, 0, self.l.trusted);
         let v = self.rejoin(p, Some(slow)).ok_or(CompileError::Malformed)?;
         self.l.set(i, v);
+        self.part(Part::Body);
         Ok(())
     }
 }
