@@ -9,12 +9,12 @@
 
 use twofold_arch::LinearAddr;
 
+use crate::context::{Context, Tags, View};
 use crate::ept::EptControls;
 use crate::mmu::{Mmu, check_linear, tags_of};
 use crate::nested::GpaCache;
 use crate::space::{AddressSpace, EptFault};
 use crate::stats::{FlushCause, FlushPolicy};
-use crate::tlb::{Context, Tags, View};
 
 /// Contexts a vCPU keeps at most.
 const MAX_CONTEXTS: usize = 32;
@@ -156,7 +156,7 @@ impl Mmu {
     /// A context for `tags`: a new one, or the one not used for longest.
     fn make_context(&mut self, tags: Tags) -> usize {
         if self.contexts.len() < MAX_CONTEXTS
-            && let Ok(context) = Context::new(tags)
+            && let Ok(context) = Context::new(tags, self.most_entries)
         {
             self.contexts.push(context);
             return self.contexts.len() - 1;
@@ -165,6 +165,7 @@ impl Mmu {
         let oldest = self.contexts.iter().enumerate().min_by_key(|(_, c)| c.last_used).map_or(0, |(i, _)| i);
         let context = &mut self.contexts[oldest];
         context.flush(true);
+        context.shrink();
         context.tags = tags;
         oldest
     }

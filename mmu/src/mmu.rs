@@ -13,13 +13,15 @@ use twofold_arch::vmx::ept::sppt::SUB_PAGE;
 use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::code::CodePages;
+use crate::context::{Context, Tags, View};
 use crate::ept::{EptControls, Pml};
+use crate::jump::JumpCacheEntry;
 use crate::nested::{GpaCache, Nested};
 use crate::physmap::{PhysMap, Target};
 use crate::rights::permitted;
 use crate::space::{Access, AccessKind, AddressSpace, Fault};
 use crate::stats::{FlushPolicy, MmuStats};
-use crate::tlb::{Context, Hit, JumpCacheEntry, NewEntry, SLOW_CODE, SLOW_IO, Tags, View};
+use crate::tlb::{Hit, NewEntry, SLOW_CODE, SLOW_IO, most_entries};
 use crate::walk::{Direct, GuestPhysical, Mapping, Peek, WalkCounts, walk};
 
 /// Where an access goes.
@@ -119,6 +121,8 @@ pub struct Mmu {
     pub(crate) code: Arc<CodePages>,
     pub(crate) policy: FlushPolicy,
     pub(crate) contexts: Vec<Context>,
+    /// Entries that a table may grow to.
+    pub(crate) most_entries: usize,
     pub(crate) current: usize,
     pub(crate) clock: u64,
     pub(crate) view_changed: bool,
@@ -146,12 +150,14 @@ impl Mmu {
     /// When the host has no memory for the TLB.
     pub fn new(phys: Arc<PhysMap>, code: Arc<CodePages>, policy: FlushPolicy) -> std::io::Result<Self> {
         let pages = phys.high_ram_end().0.max(phys.low_ram_end().0) >> PAGE_SHIFT;
-        let context = Context::new(Tags { vpid: 0, pcid: 0, ep4ta: None })?;
+        let most = most_entries(pages);
+        let context = Context::new(Tags { vpid: 0, pcid: 0, ep4ta: None }, most)?;
         Ok(Self {
             phys,
             code,
             policy,
             contexts: vec![context],
+            most_entries: most,
             current: 0,
             clock: 0,
             view_changed: false,
@@ -387,8 +393,7 @@ impl Mmu {
         }
         let table = context.table_mut(mode);
         let new = NewEntry { la, page: m.page, addend, tags, slow_read, slow_write, global: m.global };
-        if table.install(&new) {
-            table.grow();
+        if table.install(&new) && table.grow() {
             self.stats.table_growths += 1;
             self.view_changed = true;
         }
