@@ -10,6 +10,7 @@ pub const SPEC_CTRL: u32 = 0x48;
 pub const PRED_CMD: u32 = 0x49;
 pub const BIOS_SIGN_ID: u32 = 0x8b;
 pub const PLATFORM_INFO: u32 = 0xce;
+pub const SMBASE: u32 = 0x9e;
 pub const MTRRCAP: u32 = 0xfe;
 pub const ARCH_CAPABILITIES: u32 = 0x10a;
 pub const FLUSH_CMD: u32 = 0x10b;

@@ -63,7 +63,7 @@ pub(crate) const ROWS: &[Row] = &[
     Row::all(Mnemonic::Sysenter, sysenter).feature(Feature::Sysenter),
     Row::all(Mnemonic::Sysexit, |t| sized(t, Helper::Sysexit, Ty::I32)).feature(Feature::Sysenter),
     Row::all(Mnemonic::Sysexitq, |t| sized(t, Helper::Sysexit, Ty::I64)).feature(Feature::Sysenter),
-    Row::all(Mnemonic::Rsm, ud),
+    Row::all(Mnemonic::Rsm, rsm),
     Row::all(Mnemonic::Ud0, ud),
     Row::all(Mnemonic::Ud1, ud),
     Row::all(Mnemonic::Ud2, ud),
@@ -373,6 +373,11 @@ fn syscall(t: &mut Translator<'_>) {
 
 fn sysenter(t: &mut Translator<'_>) {
     t.call(Helper::Sysenter, &[]);
+    t.end_helped();
+}
+
+fn rsm(t: &mut Translator<'_>) {
+    t.call(Helper::Rsm, &[]);
     t.end_helped();
 }
 

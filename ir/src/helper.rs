@@ -208,7 +208,7 @@ helpers! {
     /// (instruction word, linear address, register number, next RIP): VMX instructions, see `frontend::vmx::word`.
     /// VMLAUNCH and VMRESUME set state.rip.
     Vmx "vmx" (4) faults;
-    /// RSM: #UD outside SMM.
+    /// RSM: #UD outside SMM. Sets state.rip.
     Rsm "rsm" (0) faults;
 
     // ---- floating point state -----------------------------------------------------------------------------------------

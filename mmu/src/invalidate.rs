@@ -287,6 +287,21 @@ impl Mmu {
         self.switch(new)
     }
 
+    /// SMI delivery: mappings of VPID 0000H go, and `new` is the address space from now on (SDM Vol 3C, "Default Treatment of
+    /// SMI Delivery").
+    pub fn enter_smm(&mut self, new: &AddressSpace) -> View {
+        self.vm_transition(new, FlushCause::Smm, false)
+    }
+
+    /// RSM: everything goes but guest-physical mappings, and `new` is the address space from now on (SDM Vol 3C, "Default Treatment
+    /// of RSM").
+    pub fn leave_smm(&mut self, new: &AddressSpace) -> View {
+        if !self.begin_flush(FlushCause::Smm) {
+            self.contexts.iter_mut().for_each(|c| c.flush(true));
+        }
+        self.switch(new)
+    }
+
     /// Reset: everything goes, and `new` is the address space from now on.
     pub fn reset(&mut self, new: &AddressSpace) -> View {
         self.begin_flush(FlushCause::Reset);

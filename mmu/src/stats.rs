@@ -19,17 +19,18 @@ pub enum FlushCause {
     EptViolation,
     Pkru,
     Evicted,
+    Smm,
     Reset,
 }
 
 impl FlushCause {
     /// Every cause, in the order of its number.
-    pub const ALL: [FlushCause; 12] = {
+    pub const ALL: [FlushCause; 13] = {
         use FlushCause::*;
-        [MovCr3, Invlpg, Invpcid, CrBits, VmEntry, VmExit, Invvpid, Invept, EptViolation, Pkru, Evicted, Reset]
+        [MovCr3, Invlpg, Invpcid, CrBits, VmEntry, VmExit, Invvpid, Invept, EptViolation, Pkru, Evicted, Smm, Reset]
     };
     /// The keys of `flushes` in a `--stats` file, in the same order.
-    pub const NAMES: [&'static str; 12] = [
+    pub const NAMES: [&'static str; 13] = [
         "mov_cr3",
         "invlpg",
         "invpcid",
@@ -41,6 +42,7 @@ impl FlushCause {
         "ept_violation",
         "pkru",
         "evicted",
+        "smm",
         "reset",
     ];
     /// The key in a `--stats` file.
@@ -92,7 +94,7 @@ pub struct MmuStats {
     /// Write tags taken back because a page came to hold code.
     pub write_tags_revoked: u64,
     /// Invalidations by [`FlushCause`], in the order of its number.
-    pub flushes: [u64; 12],
+    pub flushes: [u64; 13],
 }
 
 impl MmuStats {

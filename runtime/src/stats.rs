@@ -95,6 +95,7 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "budget_exits": c.budget_exits,
             "interrupts": c.interrupts,
             "nmis": c.nmis,
+            "smis": c.smis,
             "soft_interrupts": c.soft_interrupts,
             "exceptions": exceptions,
             "slow_reads": c.slow_reads,

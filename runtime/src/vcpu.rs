@@ -16,7 +16,7 @@ use twofold_mmu::{
 };
 
 use crate::config::{DebugItem, DebugItems};
-use crate::cpu::{ColdState, CpuModel};
+use crate::cpu::{ColdState, CpuModel, smm::Smm};
 use crate::exec::counters::{Phase, Profile};
 use crate::exec::dispatch::{PENDING_EXCEPTION, PENDING_VM_EXIT};
 use crate::exec::turns::Broadcast;
@@ -126,6 +126,8 @@ pub struct Vcpu {
     pub watch: crate::cpu::debug::Watch,
     /// VMX.
     pub vmx: VmxState,
+    /// System-management mode.
+    pub smm: Smm,
     /// Counters of events.
     pub counters: Counters,
     /// Where its thread's time goes.
@@ -163,6 +165,7 @@ impl Vcpu {
             shared,
             cold: ColdState::default(),
             vmx: VmxState::default(),
+            smm: Smm::default(),
             counters: Counters::default(),
             profile: Profile::default(),
             jit,
@@ -212,7 +215,7 @@ impl Vcpu {
         }
     }
 
-    /// Whether anything but INIT and NMI can end its sleep.
+    /// Whether anything but INIT, NMI and SMI can end its sleep.
     #[must_use]
     pub fn can_take_interrupts(&self) -> bool {
         !self.wait_for_sipi && (self.state.rflags_sys & rflags::IF != 0 || self.vmx.non_root)
@@ -225,7 +228,17 @@ impl Vcpu {
         let p = self.platform();
         let signals = p.signals(self.index);
         let interrupt = self.can_take_interrupts() && p.interrupt_pending(self.index).is_some();
-        interrupt || signals & signal::SIPI != 0 || signals & (signal::NMI | signal::INIT) != 0 && !self.wait_for_sipi
+        interrupt || signals & signal::SIPI != 0 || signals & self.waking_signals() != 0
+    }
+
+    /// The signals that end its sleep.
+    fn waking_signals(&self) -> u32 {
+        use crate::platform::signal;
+        match (self.wait_for_sipi, self.smm.is_active()) {
+            (true, _) => 0,
+            (_, true) => signal::NMI,
+            _ => signal::NMI | signal::INIT | signal::SMI,
+        }
     }
 
     /// PAUSE: it spins, so the processor it waits for should have its turn.

@@ -71,6 +71,7 @@ pub mod misc {
     pub const ACTIVITY_SHUTDOWN: u64 = 1 << 7;
     pub const ACTIVITY_WAIT_FOR_SIPI: u64 = 1 << 8;
     pub const INTEL_PT: u64 = 1 << 14;
+    pub const READ_SMBASE: u64 = 1 << 15;
     pub const CR3_TARGETS_SHIFT: u32 = 16;
     pub const MSR_LIST_SHIFT: u32 = 25;
     pub const VMWRITE_ANY: u64 = 1 << 29;

@@ -188,7 +188,8 @@ pub(super) fn switch_cr3(v: &mut Vcpu, value: u64) {
 
 /// MOV to CR4.
 pub fn write_cr4(v: &mut Vcpu, value: u64) -> Result<(), Trap> {
-    if value & !v.model.cr4_mask() != 0 || (v.vmx.vmxon.is_some() && !value & intercept::cr4_must() != 0) {
+    let no_vmx = if v.smm.is_active() { cr4::VMXE } else { 0 };
+    if value & !(v.model.cr4_mask() & !no_vmx) != 0 || (v.vmx.vmxon.is_some() && !value & intercept::cr4_must() != 0) {
         return Err(GP0);
     }
     let s = &v.state;
@@ -373,6 +374,30 @@ pub fn invpcid(v: &mut Vcpu, kind: u64, la: u64) -> Helped {
 
 // ---- reset ------------------------------------------------------------------------------------------------------------
 
+/// INIT: like a reset, but MSRs, MTRRs, caches, the x87 and vector state, XCR0 and SMBASE stay (SDM Vol 3A, "Processor State After
+/// Reset", the table's column for INIT).
+pub fn init(v: &mut Vcpu) {
+    crate::fpu::host::park(&mut v.state);
+    let s = &v.state;
+    let caches = s.cr0 & (cr0::CD | cr0::NW);
+    let fpu = (s.fcw, s.fsw, s.ftw, s.fop, s.fip, s.fdp, s.fcs, s.fds);
+    let (fpr, vec, mxcsr) = (s.fpr, s.vec, s.mxcsr);
+    let (msrs, xcr0, xss, pkru) = (s.msrs, s.xcr0, s.xss, s.pkru);
+    let cold = std::mem::take(&mut v.cold);
+    let (base, count) = (v.smm.base, v.smm.count);
+    reset(v);
+    let s = &mut v.state;
+    s.cr0 = s.cr0 & !(cr0::CD | cr0::NW) | caches;
+    (s.fcw, s.fsw, s.ftw, s.fop, s.fip, s.fdp, s.fcs, s.fds) = fpu;
+    (s.fpr, s.vec, s.mxcsr) = (fpr, vec, mxcsr);
+    (s.msrs, s.xcr0, s.xss, s.pkru) = (msrs, xcr0, xss, pkru);
+    v.cold = super::ColdState { monitor: None, ..cold };
+    (v.smm.base, v.smm.count) = (base, count);
+    refresh_space(v);
+    let view = v.mmu.reset(&v.space);
+    view.store(&mut v.state);
+}
+
 /// The registers after power-up or reset (SDM Vol 3A, "Processor State After Reset"); the platform resets its own part.
 pub fn reset(v: &mut Vcpu) {
     let keep = (v.state.helpers, v.state.vcpu, v.state.retired, v.state.budget);
@@ -409,6 +434,7 @@ pub fn reset(v: &mut Vcpu) {
     (s.helpers, s.vcpu, s.retired, s.budget) = keep;
     s.rflags_sys &= !rflags::RF;
     v.vmx = vmx::VmxState { stats: std::mem::take(&mut v.vmx.stats), ..vmx::VmxState::default() };
+    v.smm = super::smm::Smm::default();
     v.cold = super::ColdState { cpus: v.cold.cpus, ..super::ColdState::new(v.cold.rng) };
     v.space = AddressSpace::reset(v.model.phys_bits);
     refresh_space(v);

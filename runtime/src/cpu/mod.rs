@@ -15,6 +15,7 @@ pub mod models;
 pub mod msr;
 pub mod ops;
 pub mod segments;
+pub mod smm;
 pub mod stack;
 pub mod string;
 pub mod table;
@@ -25,7 +26,7 @@ pub(crate) mod tests;
 
 use std::collections::BTreeSet;
 
-pub use control::reset;
+pub use control::{init, reset};
 pub use cpuid::CpuModel;
 pub use interrupt::{Event, debug_trap, deliver};
 pub use mode::{is_64bit, refresh_space, tb_flags};

@@ -120,7 +120,9 @@ pub fn read(v: &mut Vcpu, number: u32) -> Helped {
             let index = v.index;
             return v.with_devices(|p| p.apic_msr_read(index, number)).map_err(|()| GP0);
         }
-        msr::PLATFORM_ID | P5_MC_ADDR | P5_MC_TYPE | SMI_COUNT | EBL_CR_POWERON => 0,
+        msr::PLATFORM_ID | P5_MC_ADDR | P5_MC_TYPE | EBL_CR_POWERON => 0,
+        SMI_COUNT => u64::from(v.smm.count),
+        msr::SMBASE if v.smm.is_active() && v.model.vmx.has_misc(vmx_msr::misc::READ_SMBASE) => u64::from(v.smm.base),
         msr::FEATURE_CONTROL => v.model.vmx.feature_control(),
         vmx_msr::FIRST..=vmx_msr::LAST => return v.model.vmx.msr(number).ok_or(GP0),
         msr::TSC_ADJUST if v.model.has(Bit::TscAdjust) => c.tsc_adjust,

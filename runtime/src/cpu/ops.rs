@@ -461,7 +461,15 @@ pub fn port_out(v: &mut Vcpu, port: u64, bytes: u64, value: u64) -> Helped {
     if v.vmx.non_root {
         intercept::io(v, port as u16, bytes as u32 & 7, false)?;
     }
+    let raises_smi = port as u16 == crate::platform::smi::COMMAND_PORT;
+    if raises_smi && v.in_helper && !v.jit.alone {
+        // The SMI comes right after this instruction.
+        return Err(Trap::Restart);
+    }
     v.io_write(port as u16, bytes as u8, value as u32);
+    if raises_smi {
+        super::smm::note_port(v, port as u16, bytes as u8);
+    }
     Ok(0)
 }
 

@@ -10,7 +10,7 @@ use twofold_arch::fpu::X87Op;
 use twofold_backend::HelperFn;
 use twofold_ir::Helper;
 
-use super::{Helped, control, far, interrupt, msr, ops, segments, string};
+use super::{Helped, control, far, interrupt, msr, ops, segments, smm, string};
 use crate::fpu;
 use crate::vcpu::Vcpu;
 
@@ -105,7 +105,7 @@ table! { v, a, b, c, d;
     Mwait => ops::mwait(v),
     SetAc => ops::set_ac(v, a != 0),
     Vmx => crate::vmx::instructions::vmx(v, a, b, c, d),
-    Rsm => Err(segments::UD),
+    Rsm => smm::rsm(v),
     X87 => fpu::x87(v, a, b, c, d),
     X87Ready => {
         fpu::host::load(&mut v.state);

@@ -68,6 +68,8 @@ pub struct Counters {
     pub interrupts: u64,
     /// NMIs delivered.
     pub nmis: u64,
+    /// Times that system-management mode was entered.
+    pub smis: u64,
     /// Exceptions delivered, by vector.
     pub exceptions: [u64; 32],
     /// Software interrupts delivered.

@@ -19,7 +19,7 @@ use super::counters::Phase;
 use super::env::Env;
 use super::tb::{TbId, TbKey, TierState};
 use crate::config::{Control, DebugItem, StopReason};
-use crate::cpu::{debug, interrupt, mode};
+use crate::cpu::{debug, interrupt, mode, smm};
 use crate::fpu;
 use crate::platform::{Outcome, signal};
 use crate::vcpu::{Shutdown, Trap, Vcpu};
@@ -129,9 +129,16 @@ fn events(vcpu: &mut Vcpu, control: &Control, granted: &mut i32, slices: &mut u3
                 }
                 *slices += 1;
             }
+            vcpu.smm.pending |= signals & signal::SMI != 0;
+            if vcpu.smm.pending {
+                smm::take(vcpu).map_err(RunEnd::Shutdown)?;
+            }
             if signals & (signal::INIT | signal::SIPI) != 0 {
                 start_up_signals(vcpu);
             }
+        } else if vcpu.smm.pending {
+            // Blocked until now, by a load of SS.
+            smm::take(vcpu).map_err(RunEnd::Shutdown)?;
         }
         if vcpu.wait_for_sipi {
             return Err(RunEnd::Asleep);
@@ -159,11 +166,16 @@ pub(crate) fn start_up_signals(vcpu: &mut Vcpu) {
     if signals & (signal::INIT | signal::SIPI) == 0 {
         return;
     }
+    if vcpu.smm.is_active() {
+        // INIT waits for RSM.
+        vcpu.platform().take_signal(index, signal::SIPI);
+        return;
+    }
     if vcpu.vmx.vmxon.is_some() {
         return vmx::events::start_up_signals(vcpu, signals);
     }
     if vcpu.platform().take_signal(index, signal::INIT) {
-        crate::cpu::reset(vcpu);
+        crate::cpu::init(vcpu);
         vcpu.platform().init_apic(index);
         vcpu.wait_for_sipi = index != 0;
     }
@@ -183,6 +195,7 @@ pub(crate) fn step(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     if vcpu.state.budget < 128 {
         vcpu.state.budget = SLICE;
     }
+    smm::take(vcpu)?;
     start_up_signals(vcpu);
     if vcpu.vmx.non_root || vcpu.vmx.aborted {
         vmx::events::deliver(vcpu)?;

@@ -20,6 +20,7 @@ pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
+pub mod smi;
 pub mod uart;
 
 use std::collections::BTreeSet;
@@ -80,6 +81,8 @@ pub mod signal {
     pub const INIT: u32 = 1 << 1;
     /// A start-up IPI arrived.
     pub const SIPI: u32 = 1 << 2;
+    /// A system-management interrupt arrived.
+    pub const SMI: u32 = 1 << 3;
 }
 
 /// What the devices counted.
@@ -149,6 +152,7 @@ pub struct Platform {
     clock: Clock,
     cpus: Vec<Cpu>,
     nmi_sent: bool,
+    smi: smi::SmiControl,
     pci: pci::Pci,
     ioapic: IoApic,
     pic: DualPic,
@@ -188,6 +192,7 @@ impl Platform {
         let cpus = setup.cpus.clamp(1, crate::config::MAX_CPUS);
         let mut platform = Self {
             nmi_sent: false,
+            smi: smi::SmiControl::default(),
             pci: pci::Pci::new(setup.firmware),
             cpus: (0..cpus).map(Cpu::new).collect(),
             ioapic: IoApic::new(),
@@ -279,7 +284,7 @@ impl Platform {
         }
     }
 
-    /// Whether an NMI went from one processor to others since this was last asked: who takes turns lets them have it.
+    /// Whether an NMI or SMI went from one processor to others since this was last asked: who takes turns lets them have it.
     pub fn take_nmi_sent(&mut self) -> bool {
         std::mem::take(&mut self.nmi_sent)
     }
@@ -295,6 +300,7 @@ impl Platform {
         self.uart.reset();
         self.i8042 = I8042::new();
         self.acpi = AcpiPm::new();
+        self.smi = smi::SmiControl::default();
         self.outcome = None;
         self.reschedule();
     }
@@ -436,7 +442,7 @@ impl Platform {
         vector
     }
 
-    /// NMI, INIT and SIPI that wait for this processor: bits of [`signal`]. One load.
+    /// NMI, INIT, SIPI and SMI that wait for this processor: bits of [`signal`]. One load.
     #[must_use]
     #[inline]
     pub fn signals(&self, cpu: usize) -> u32 {
@@ -542,8 +548,9 @@ impl Platform {
                 c.sipi_vector = message.vector;
                 c.signals |= signal::SIPI;
             }
-            // There is no system management mode; an ExtINT message has no 8259 to ask but ours, which LINT0 serves.
-            Delivery::Smi | Delivery::ExtInt | Delivery::Reserved => {}
+            Delivery::Smi => c.signals |= signal::SMI,
+            // An ExtINT message has no 8259 to ask but ours, which LINT0 serves.
+            Delivery::ExtInt | Delivery::Reserved => {}
         }
     }
 
@@ -557,7 +564,7 @@ impl Platform {
             Effect::Send(message) => {
                 let others =
                     (0..self.cpus.len()).any(|i| i != cpu && message.selects(&self.cpus[i].apic, i, Some(cpu)));
-                self.nmi_sent |= others && message.delivery == lapic::Delivery::Nmi;
+                self.nmi_sent |= others && matches!(message.delivery, lapic::Delivery::Nmi | lapic::Delivery::Smi);
                 self.deliver(message, Some(cpu));
             }
         }
@@ -725,6 +732,7 @@ impl Platform {
                 value
             }
             0x80 => self.test.post,
+            smi::COMMAND_PORT | smi::DATA_PORT | smi::FIRST_PORT..=smi::LAST_PORT => self.smi.read(port),
             debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)],
             0x92 => 0x02,
             0xe9 | 0x402 => DebugConsole::PRESENT,
@@ -766,6 +774,12 @@ impl Platform {
                 self.reschedule();
             }
             0x80 => self.test.post = value,
+            smi::COMMAND_PORT | smi::DATA_PORT | smi::FIRST_PORT..=smi::LAST_PORT => {
+                if self.smi.write(port, value) {
+                    self.cpus.iter_mut().for_each(|c| c.signals |= signal::SMI);
+                    self.nmi_sent |= self.cpus.len() > 1;
+                }
+            }
             debug::ECHO_PORT..=debug::ECHO_PORT_LAST => self.test.echo[usize::from(port & 3)] = value,
             debug::FLUSH_PORT..=debug::FLUSH_PORT_LAST => {}
             debug::LINE_PORT..=debug::LINE_PORT_LAST => {

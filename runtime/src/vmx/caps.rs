@@ -79,6 +79,7 @@ rows! {
         misc::ACTIVITY_HLT, "vmx-activity-hlt", on;
         misc::ACTIVITY_SHUTDOWN, "vmx-activity-shutdown", on;
         misc::ACTIVITY_WAIT_FOR_SIPI, "vmx-activity-wait-sipi", on;
+        misc::READ_SMBASE, "vmx-read-smbase", on;
         misc::VMWRITE_ANY, "vmx-vmwrite-vmexit-fields", on;
         misc::INJECT_ZERO_LENGTH, "vmx-zero-len-inject", on;
     }

@@ -73,8 +73,8 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
     }
     // What happens from here on happens between instructions: an exit during a delivery is not in the last one's shadow.
     v.vmx.shadow = v.state.shadow;
-    if let Some(info) = v.vmx.inject.take() {
-        inject(v, info)?;
+    if v.vmx.inject.is_some() {
+        inject_now(v)?;
         if !v.vmx.non_root {
             return Ok(());
         }
@@ -123,6 +123,15 @@ pub fn deliver(v: &mut Vcpu) -> Result<(), Shutdown> {
         super::apic::deliver_virtual(v)?;
     }
     Ok(())
+}
+
+/// Delivers the event that VM entry injects, if there is one, before anything else happens.
+///
+/// # Errors
+/// Shutdown.
+pub fn inject_now(v: &mut Vcpu) -> Result<(), Shutdown> {
+    v.vmx.shadow = v.state.shadow;
+    v.vmx.inject.take().map_or(Ok(()), |info| inject(v, info))
 }
 
 /// The event that VM entry injects.

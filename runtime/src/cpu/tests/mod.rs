@@ -4,6 +4,7 @@ mod control;
 mod deliver;
 mod legacy;
 mod ops;
+pub(crate) mod smm;
 mod string;
 
 use std::sync::{Arc, Mutex};

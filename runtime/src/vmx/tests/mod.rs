@@ -11,6 +11,7 @@ mod paging;
 mod policies;
 mod processors;
 mod signals;
+mod smm;
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;
