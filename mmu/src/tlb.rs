@@ -35,14 +35,16 @@ impl TlbEntry {
     pub const INVALID: Self = Self { read: u64::MAX, write: u64::MAX, page: u64::MAX, addend: 0 };
 }
 
-/// In the low bits of a tag: the translation is good, but the access must take the slow path because the page is no memory
-/// that may be accessed directly (a device, nothing, or for writes ROM).
-pub(crate) const SLOW_IO: u64 = 1;
+/// Low bits of a tag, above those that the probe of an aligned access looks at: the translation is good, but the access must
+/// take the slow path because the page is no memory that may be accessed directly (a device, nothing, or for writes ROM).
+pub(crate) const SLOW_IO: u64 = 1 << 10;
 /// As above: the page holds translated code (write tags only).
-pub(crate) const SLOW_CODE: u64 = 2;
+pub(crate) const SLOW_CODE: u64 = 1 << 11;
 const SLOW: u64 = SLOW_IO | SLOW_CODE;
-/// In the low bits of a read tag: reading is not permitted, or not known to be.
-const NO_READ: u64 = 4;
+/// Such a bit of a read tag: reading is not permitted, or not known to be.
+const NO_READ: u64 = 1 << 9;
+/// Alignments up to 64 bytes are asked for.
+const _: () = assert!((SLOW | NO_READ) & (PAGE_MASK | 63) == 0);
 
 /// In the low bits of [`TlbEntry::page`]: fetches are permitted.
 const EXEC: u64 = 1;
@@ -141,7 +143,7 @@ impl Table {
             AccessKind::Read => e.read ^ page,
             AccessKind::Write => e.write ^ page,
             AccessKind::Fetch if e.page & EXEC != 0 => {
-                ((e.read ^ page) & !(NO_READ | SLOW)) | ((e.page & EXEC_IO) / EXEC_IO)
+                ((e.read ^ page) & !(NO_READ | SLOW)) | ((e.page & EXEC_IO) / EXEC_IO * SLOW_IO)
             }
             AccessKind::Fetch => return None,
         };

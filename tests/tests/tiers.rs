@@ -353,6 +353,36 @@ fn faults_leave_the_state_before_the_instruction_32() {
 }
 
 /// What a repeated string instruction has done before it faults stays done: its registers say how far it came.
+/// The low bits that misalign an address were once those that mark a device's page in the TLB: the probe of an aligned access
+/// took it for plain memory.
+#[test]
+fn misaligned_accesses_to_device_pages_fault() {
+    // Local APIC registers, and an address where nothing is.
+    for page in [0xfee0_0000_u64, 0xf000_0000] {
+        for offset in [1, 2, 3] {
+            let mut g = Guest::new(Bits::B64);
+            g.map(NP, page | pte::P | pte::RW);
+            g.assemble(CODE, |a| {
+                let (mut again, mut go_on) = (a.create_label(), a.create_label());
+                a.mov(ecx, 100)?;
+                a.mov(esi, NP as i32)?;
+                a.set_label(&mut again)?;
+                a.lea(rax, ptr(go_on))?;
+                a.mov(qword_ptr(RESUME as i32), rax)?;
+                // Puts the page in the TLB.
+                a.mov(eax, dword_ptr(rsi + 0x20))?;
+                a.sqrtps(xmm0, xmmword_ptr(rsi + offset))?;
+                a.set_label(&mut go_on)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.int(END)
+            });
+            let ran = g.run_in_all_tiers();
+            assert!(ran.log.len() == 100 && ran.log.iter().all(|r| r.vector == GP), "{page:#x} + {offset}");
+        }
+    }
+}
+
 #[test]
 fn a_repeated_string_faults_after_what_it_did() {
     let mut g = Guest::new(Bits::B64);
