@@ -26,7 +26,27 @@ struct Page {
     chunks: [u32; CHUNKS],
     /// Bit i: `chunks[i] != 0`.
     mask: u64,
+    /// Writes beside its translations until they stand in the way, and how many that is in all.
+    left: u32,
+    limit: u32,
 }
+
+/// What a write to a code page is to the translations made from it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Beside {
+    /// It may be to their bytes.
+    No,
+    /// It is to other bytes of the page.
+    Yes,
+    /// The same, as so many before it: the page is data rather than code, and would do better without its translations.
+    Crowded,
+}
+
+/// Writes beside translations that have them given up, the first time: they have taken about as long as making them anew. Each
+/// further time it is twice as many.
+const CROWDED: u32 = 4096;
+/// Pages whose limits are remembered.
+const MAX_LIMITS: usize = 4096;
 
 /// A range of physical memory with translated code that was written to. Does not cross a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,6 +63,8 @@ pub struct CodePages {
     /// A bit a page, up to the end of RAM.
     bitmap: Box<[AtomicU64]>,
     pages: Mutex<HashMap<u64, Page>>,
+    /// Limits of pages that were crowded, by page number.
+    limits: Mutex<HashMap<u64, u32>>,
     written: Mutex<Vec<Written>>,
     pending: AtomicBool,
     page_writes: AtomicU64,
@@ -72,6 +94,7 @@ impl CodePages {
         Self {
             bitmap: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             pages: Mutex::default(),
+            limits: Mutex::default(),
             written: Mutex::default(),
             pending: AtomicBool::new(false),
             page_writes: AtomicU64::new(0),
@@ -94,7 +117,10 @@ impl CodePages {
         let number = pa.0 >> PAGE_SHIFT;
         let Some(word) = self.bitmap.get((number / 64) as usize) else { return false };
         let mut pages = lock(&self.pages);
-        let page = pages.entry(number).or_insert(Page { blocks: 0, chunks: [0; CHUNKS], mask: 0 });
+        let page = pages.entry(number).or_insert_with(|| {
+            let limit = lock(&self.limits).get(&number).copied().unwrap_or(CROWDED);
+            Page { blocks: 0, chunks: [0; CHUNKS], mask: 0, left: limit, limit }
+        });
         page.blocks += 1;
         let mask = chunk_mask(pa.page_offset(), len);
         for (i, n) in page.chunks.iter_mut().enumerate() {
@@ -146,6 +172,30 @@ impl CodePages {
             && lock(&self.pages)
                 .get(&(pa.0 >> PAGE_SHIFT))
                 .is_some_and(|p| p.mask & chunk_mask(pa.page_offset(), len) != 0)
+    }
+
+    /// What a write of `len` bytes at `pa`, in one code page, is to the page's translations. One beside them is counted.
+    #[must_use]
+    pub fn beside(&self, pa: PhysAddr, len: u64) -> Beside {
+        let number = pa.0 >> PAGE_SHIFT;
+        let mut pages = lock(&self.pages);
+        let Some(page) = pages.get_mut(&number) else { return Beside::No };
+        if page.mask & chunk_mask(pa.page_offset(), len) != 0 {
+            return Beside::No;
+        }
+        self.page_writes.fetch_add(1, Ordering::Relaxed);
+        page.left -= 1;
+        if page.left != 0 {
+            return Beside::Yes;
+        }
+        page.limit = page.limit.saturating_mul(2);
+        page.left = page.limit;
+        let mut limits = lock(&self.limits);
+        if limits.len() >= MAX_LIMITS {
+            limits.clear();
+        }
+        limits.insert(number, page.limit);
+        Beside::Crowded
     }
 
     /// `len` bytes at `pa` were written. If translated code is touched, it is queued for [`Self::take_written`] and the
@@ -221,6 +271,20 @@ mod tests {
         assert!(c.remove(PhysAddr(0x2010), 16));
         assert!(!c.is_code(PhysAddr(0x2000)) && !c.touches(PhysAddr(0x2010), 4));
         assert_eq!(c.write_counts(), (2, 1));
+    }
+
+    #[test]
+    fn writes_beside_code_crowd_it_out() {
+        let c = CodePages::new(PhysAddr(0x10_0000));
+        for limit in [CROWDED, 2 * CROWDED, 4 * CROWDED] {
+            assert!(c.add(PhysAddr(0x2000), 16));
+            assert_eq!(c.beside(PhysAddr(0x203f), 2), Beside::No);
+            assert!((1..limit).all(|_| c.beside(PhysAddr(0x2040), 8) == Beside::Yes));
+            assert_eq!(c.beside(PhysAddr(0x2ff8), 8), Beside::Crowded);
+            assert_eq!(c.beside(PhysAddr(0x2ff8), 8), Beside::Yes, "who cannot give them up is asked again later");
+            assert!(c.remove(PhysAddr(0x2000), 16));
+        }
+        assert_eq!(c.beside(PhysAddr(0x2040), 8), Beside::No, "no code page");
     }
 
     #[test]

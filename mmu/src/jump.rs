@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hashbrown::HashMap;
 
-use twofold_arch::{LinearAddr, PAGE_SHIFT, PAGE_SIZE};
+use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::raw::{Bits, RawArray, each_bit};
 
@@ -56,8 +56,73 @@ pub(crate) struct JumpCache {
     pages: HashMap<u64, u64>,
     /// Some entry's linear address is not its RIP (a CS base): entries cannot be found by linear page.
     based: bool,
-    /// Which linear pages somebody has looked at in this epoch, by a hash of the page number.
-    watched: [u64; 64],
+    /// Which linear pages somebody has looked at in this epoch.
+    watched: Watched,
+}
+
+/// Linear pages that somebody has looked at: by a hash of the page number, and one by one as long as they are few. May say yes
+/// too often.
+struct Watched {
+    hashed: [u64; 64],
+    pages: Vec<u64>,
+    /// There are more than are told apart.
+    many: bool,
+}
+
+impl Watched {
+    /// Pages that are told apart.
+    const FEW: usize = 64;
+
+    fn new() -> Self {
+        Self { hashed: [0; 64], pages: Vec::with_capacity(Self::FEW), many: false }
+    }
+
+    fn clear(&mut self) {
+        self.hashed = [0; 64];
+        self.pages.clear();
+        self.many = false;
+    }
+
+    /// The bit of the page of `la`. Those of an aligned 2 MiB are eight aligned words.
+    const fn bit(la: LinearAddr) -> (usize, u64) {
+        let h = la.0 >> PAGE_SHIFT;
+        let h = h ^ h >> 12;
+        ((h / 64 % 64) as usize, 1 << (h % 64))
+    }
+
+    fn add(&mut self, la: LinearAddr) {
+        let (w, bit) = Self::bit(la);
+        let page = la.page().0;
+        if self.hashed[w] & bit != 0 && self.pages.contains(&page) {
+            return;
+        }
+        self.hashed[w] |= bit;
+        if self.pages.len() < Self::FEW {
+            self.pages.push(page);
+        } else {
+            self.many = true;
+        }
+    }
+
+    #[inline]
+    fn has(&self, la: LinearAddr) -> bool {
+        let (w, bit) = Self::bit(la);
+        self.hashed[w] & bit != 0 && (self.many || self.pages.contains(&la.page().0))
+    }
+
+    /// Whether a page that agrees with `la` under `mask` may be among them.
+    fn has_region(&self, la: LinearAddr, mask: u64) -> bool {
+        const PART: u64 = 1 << 21;
+        if !self.many {
+            return self.pages.iter().any(|p| (p ^ la.0) & mask & PAGE_MASK == 0);
+        }
+        let parts = (!mask / PART).saturating_add(1);
+        parts > 8
+            || (0..parts).any(|n| {
+                let (w, _) = Self::bit(LinearAddr((la.0 & mask).wrapping_add(n * PART)));
+                self.hashed[w & !7..][..8].iter().any(|&bits| bits != 0)
+            })
+    }
 }
 
 /// Numbers the epochs of all jump caches.
@@ -70,8 +135,14 @@ impl JumpCache {
         // Memory not yet written holds RIP 0, for which only the first entry is looked at.
         entries.set(jump_index(0), JumpCacheEntry::INVALID);
         let bits = || Bits::new(JUMP_CACHE_ENTRIES);
-        let mut new =
-            Self { entries, used: bits(), global: bits(), pages: HashMap::new(), based: false, watched: [0; 64] };
+        let mut new = Self {
+            entries,
+            used: bits(),
+            global: bits(),
+            pages: HashMap::new(),
+            based: false,
+            watched: Watched::new(),
+        };
         new.begin_epoch();
         Ok(new)
     }
@@ -84,20 +155,13 @@ impl JumpCache {
     fn begin_epoch(&mut self) {
         let rip = EPOCHS.fetch_add(1, Ordering::Relaxed);
         self.entries.set(JUMP_CACHE_ENTRIES, JumpCacheEntry { rip, ..JumpCacheEntry::INVALID });
-        self.watched = [0; 64];
+        self.watched.clear();
     }
 
     /// The epoch, which ends when the mapping of `page`, or of another page that was asked for in it, may have changed.
     pub fn epoch(&mut self, page: LinearAddr) -> u64 {
-        let (w, bit) = Self::page_bit(page);
-        self.watched[w] |= bit;
+        self.watched.add(page);
         self.entries.get(JUMP_CACHE_ENTRIES).rip
-    }
-
-    const fn page_bit(la: LinearAddr) -> (usize, u64) {
-        let h = la.0 >> PAGE_SHIFT;
-        let h = h ^ h >> 12;
-        ((h / 64 % 64) as usize, 1 << (h % 64))
     }
 
     /// The entry at the place of `rip`.
@@ -200,8 +264,7 @@ impl JumpCache {
 
     /// Drops the entries whose code begins in the page of `la`, or in the page before it and may run into it.
     pub fn drop_page(&mut self, la: LinearAddr, globals_only: bool) {
-        let (w, bit) = Self::page_bit(la);
-        if self.watched[w] & bit != 0 {
+        if self.watched.has(la) {
             self.begin_epoch();
         }
         let page = la.0 >> PAGE_SHIFT;
@@ -214,21 +277,9 @@ impl JumpCache {
         }
     }
 
-    /// Whether a page of the region of `la` may be watched.
-    fn watches(&self, la: LinearAddr, mask: u64) -> bool {
-        // The bits of an aligned 2 MiB are eight aligned words.
-        const PART: u64 = 1 << 21;
-        let parts = (!mask / PART).saturating_add(1);
-        parts > 8
-            || (0..parts).any(|n| {
-                let (w, _) = Self::page_bit(LinearAddr((la.0 & mask).wrapping_add(n * PART)));
-                self.watched[w & !7..][..8].iter().any(|&bits| bits != 0)
-            })
-    }
-
     /// As [`Self::drop_page`] for all pages that agree with `la` under `mask`.
     pub fn drop_region(&mut self, la: LinearAddr, mask: u64, globals_only: bool) {
-        if self.watches(la, mask) {
+        if self.watched.has_region(la, mask) {
             self.begin_epoch();
         }
         let (first, count) = ((la.0 & mask) >> PAGE_SHIFT, (!mask >> PAGE_SHIFT) + 1);

@@ -23,7 +23,7 @@ pub mod tlb;
 pub mod trace;
 pub mod walk;
 
-pub use code::CodePages;
+pub use code::{Beside, CodePages};
 pub use context::View;
 pub use ept::{EptControls, EptReason, EptStep, Pml};
 pub use invalidate::{Invpcid, Invvpid};

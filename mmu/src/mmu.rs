@@ -431,6 +431,20 @@ impl Mmu {
         self.contexts[self.current].table(mode).store(la, size, value)
     }
 
+    /// As [`Self::load_cached`], `N` quadwords in one page.
+    #[inline]
+    #[must_use]
+    pub fn load_quads_cached<const N: usize>(&self, mode: MemMode, la: LinearAddr) -> Option<[u64; N]> {
+        self.contexts[self.current].table(mode).load_quads(la)
+    }
+
+    /// As [`Self::store_cached`], quadwords in one page, the first at the lowest address.
+    #[inline]
+    #[must_use]
+    pub fn store_quads_cached(&self, mode: MemMode, la: LinearAddr, values: &[u64]) -> bool {
+        self.contexts[self.current].table(mode).store_quads(la, values)
+    }
+
     /// Where the instruction byte at `la` is, for code at CPL 3 (`user`) or below.
     ///
     /// # Errors
@@ -546,6 +560,23 @@ impl Mmu {
             rest = after;
         }
         Ok(ReadOutcome::Value(u64::from_le_bytes(b)))
+    }
+
+    /// Whether the RAM at `pa` holds the low `size` (1, 2, 4, 8) bytes of `value` already.
+    #[must_use]
+    pub fn holds(&self, pa: PhysAddr, size: u32, value: u64) -> bool {
+        let Target::Ram(offset) = self.target(pa) else { return false };
+        let mask = u64::MAX >> (64 - 8 * size.clamp(1, 8));
+        self.phys.ram().load(offset, size).is_some_and(|old| old == value & mask)
+    }
+
+    /// Writes the low `size` (1, 2, 4, 8) bytes of `value` to RAM at `pa`, where no translations were made from; false: not done.
+    #[must_use]
+    pub fn write_beside(&self, pa: PhysAddr, size: u32, value: u64) -> bool {
+        match self.target(pa) {
+            Target::Ram(offset) => self.phys.ram().store(offset, value, size),
+            _ => false,
+        }
     }
 
     /// Writes the low `size` (1..=8) bytes of `value`.

@@ -9,7 +9,7 @@
 #![allow(unsafe_code)] // A matching tag promises host memory, which is accessed here as translated code does.
 
 use twofold_arch::state::TlbView;
-use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PhysAddr};
+use twofold_arch::{LinearAddr, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 
 use crate::raw::{Bits, RawArray, each_bit};
 use crate::rights::Permitted;
@@ -197,6 +197,32 @@ impl Table {
                 4 => p.cast::<u32>().write_unaligned((value as u32).to_le()),
                 _ => p.cast::<u64>().write_unaligned(value.to_le()),
             }
+        }
+        true
+    }
+
+    /// Loads `N` quadwords on a hit for all of them, in one page.
+    #[inline]
+    pub(crate) fn load_quads<const N: usize>(&self, la: LinearAddr) -> Option<[u64; N]> {
+        if la.page_offset() > PAGE_SIZE - 8 * N as u64 {
+            return None;
+        }
+        let p = self.probe(la, 8 * N as u32, |e| e.read)?.cast::<u64>();
+        // SAFETY: as in `load`; all of them are in the page.
+        Some(std::array::from_fn(|i| u64::from_le(unsafe { p.add(i).read_unaligned() })))
+    }
+
+    /// Stores quadwords on a hit for all of them, in one page; false on a miss.
+    #[inline]
+    pub(crate) fn store_quads(&self, la: LinearAddr, values: &[u64]) -> bool {
+        let size = size_of_val(values) as u64;
+        if size == 0 || size > PAGE_SIZE || la.page_offset() > PAGE_SIZE - size {
+            return false;
+        }
+        let Some(p) = self.probe(la, size as u32, |e| e.write) else { return false };
+        for (i, value) in values.iter().enumerate() {
+            // SAFETY: as in `store`; all of them are in the page.
+            unsafe { p.cast::<u64>().add(i).write_unaligned(value.to_le()) };
         }
         true
     }

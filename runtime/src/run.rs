@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use twofold_mmu::{CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
@@ -260,7 +260,7 @@ impl Machine {
         let waker = Waker::new();
         let clock = Clock::host();
         let platform = Platform::from_config(config, clock.clone(), waker.as_kick())?;
-        let shared = Shared { map: Arc::new(map), platform: Mutex::new(platform), clock };
+        let shared = Shared::new(Arc::new(map), platform, clock);
         Ok(Self { shared: Arc::new(shared), model: Arc::new(model), waker })
     }
 

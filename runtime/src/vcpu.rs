@@ -3,6 +3,7 @@
 //! A [`Vcpu`] belongs to one thread. What processors share is in [`Shared`]. The helpers of [`crate::cpu`] are functions
 //! on `&mut Vcpu`; translated code works on [`Vcpu::state`] and comes back here through [`crate::exec::slow`].
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twofold_arch::control::rflags;
@@ -12,7 +13,7 @@ use twofold_arch::{CpuState, Exception, LinearAddr, PAGE_SIZE, PhysAddr};
 use twofold_mmu::mmu::BytesOutcome;
 use twofold_mmu::{
     Access, AccessKind, AddressSpace, Fault, JumpCacheEntry, Mmu, MmuStats, Part, PhysMap, ReadOutcome, Target,
-    WriteOutcome,
+    Translation, WriteOutcome,
 };
 
 use crate::config::{DebugItem, DebugItems};
@@ -97,9 +98,24 @@ pub struct Shared {
     pub platform: Mutex<Platform>,
     /// Time.
     pub clock: Clock,
+    due: Box<[Arc<AtomicBool>]>,
 }
 
 impl Shared {
+    /// What the processors of a machine with these devices share.
+    #[must_use]
+    pub fn new(map: Arc<PhysMap>, platform: Platform, clock: Clock) -> Self {
+        let due = platform.due();
+        Self { map, platform: Mutex::new(platform), clock, due }
+    }
+
+    /// Whether an interrupt or a signal may wait for processor `index`. One load.
+    #[inline]
+    #[must_use]
+    pub fn is_due(&self, index: usize) -> bool {
+        self.due.get(index).is_none_or(|d| d.load(Ordering::Acquire))
+    }
+
     /// The devices.
     pub fn platform(&self) -> MutexGuard<'_, Platform> {
         self.platform.lock().unwrap_or_else(PoisonError::into_inner)
@@ -280,6 +296,7 @@ impl Vcpu {
 
     // ---- memory, as helpers ask for it -------------------------------------------------------------------------------
 
+    #[inline]
     fn access(&self, kind: AccessKind, on_behalf: MemAs) -> Access {
         let s = &self.state;
         let ac = s.rflags_sys & rflags::AC != 0;
@@ -296,8 +313,13 @@ impl Vcpu {
     /// The exception of the access.
     #[inline]
     pub fn read(&mut self, la: LinearAddr, size: u32, on_behalf: MemAs) -> Result<u64, Trap> {
-        self.watch_for(la, u64::from(size), false, on_behalf);
         let access = self.access(AccessKind::Read, on_behalf);
+        if !self.watch.armed
+            && let Some(value) = self.mmu.load_cached(self.space.mem_mode(access), la, size)
+        {
+            return Ok(value);
+        }
+        self.watch_for(la, u64::from(size), false, on_behalf);
         self.read_access(la, size, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
     }
 
@@ -307,9 +329,27 @@ impl Vcpu {
     /// The exception of the access; nothing is written then.
     #[inline]
     pub fn write(&mut self, la: LinearAddr, size: u32, value: u64, on_behalf: MemAs) -> Result<(), Trap> {
-        self.watch_for(la, u64::from(size), true, on_behalf);
         let access = self.access(AccessKind::Write, on_behalf);
+        if !self.watch.armed && self.mmu.store_cached(self.space.mem_mode(access), la, size, value) {
+            return Ok(());
+        }
+        self.watch_for(la, u64::from(size), true, on_behalf);
         self.write_access(la, size, value, access, matches!(on_behalf, MemAs::Stack | MemAs::InnerStack))
+    }
+
+    /// `N` quadwords at `la`, when the TLB has them in one page and nobody watches; `None`: read them one by one.
+    #[inline]
+    pub fn read_quads<const N: usize>(&self, la: LinearAddr, on_behalf: MemAs) -> Option<[u64; N]> {
+        let access = self.access(AccessKind::Read, on_behalf);
+        if self.watch.armed { None } else { self.mmu.load_quads_cached(self.space.mem_mode(access), la) }
+    }
+
+    /// Writes quadwords from `la` on, when the TLB has them in one page and nobody watches; false: nothing was written, write
+    /// them one by one.
+    #[inline]
+    pub fn write_quads(&mut self, la: LinearAddr, values: &[u64], on_behalf: MemAs) -> bool {
+        let access = self.access(AccessKind::Write, on_behalf);
+        !self.watch.armed && self.mmu.store_quads_cached(self.space.mem_mode(access), la, values)
     }
 
     /// Fills `buf` from guest memory.
@@ -412,6 +452,17 @@ impl Vcpu {
     ) -> Result<twofold_mmu::Parts, Trap> {
         let r = self.mmu.resolve(&self.space, la, size, Access::write(mode));
         self.after_fill(la, Access::write(mode), r.as_ref().err());
+        r.map_err(|f| self.trap_of(f, stack))
+    }
+
+    /// Where a write to the byte at `la` goes.
+    ///
+    /// # Errors
+    /// The exception that a write would raise.
+    pub fn translate_write(&mut self, la: LinearAddr, mode: MemMode, stack: bool) -> Result<Translation, Trap> {
+        let access = Access::write(mode);
+        let r = self.mmu.translate(&self.space, la, access);
+        self.after_fill(la, access, r.as_ref().err());
         r.map_err(|f| self.trap_of(f, stack))
     }
 

@@ -5,7 +5,7 @@
 //! replaced, so that an exception can be looked at instead of being delivered.
 #![allow(unsafe_code)] // Enters host code.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use twofold_arch::control::{cr0, cr4, efer, rflags};
 use twofold_arch::segment::attr;
@@ -75,10 +75,10 @@ impl Machine {
         let ram = GuestRam::new(RAM).expect("guest memory");
         let map = Arc::new(PhysMap::new(Arc::new(ram), LegacyHole::default()));
         let clock = Clock::manual();
-        let platform = Mutex::new(Platform::new(Setup::quiet(1, RAM, clock.clone())));
+        let platform = Platform::new(Setup::quiet(1, RAM, clock.clone()));
         let code = Arc::new(CodePages::new(PhysAddr(RAM)));
         let mmu = Mmu::new(map.clone(), code, FlushPolicy::Tagged).expect("mmu");
-        let shared = Arc::new(Shared { map, platform, clock });
+        let shared = Arc::new(Shared::new(map, platform, clock));
         let jit = Jit::new(ConfigTier::Eval, Options::default());
         let mut vcpu = Vcpu::new(0, shared, Arc::new(CpuModel::max()), mmu, jit);
         vcpu.cold = ColdState::new(1);

@@ -3,7 +3,7 @@
 //!
 //! One [`Pages`] serves the test with its fixed seed and the long run (`examples/pages.rs`).
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use iced_x86::{Code, EncodingKind};
 use twofold_arch::control::{cr0, cr4, efer, rflags};
@@ -90,10 +90,10 @@ impl Pages {
         let hole = if self.rng.below(2) == 0 { LegacyHole::Ram } else { LegacyHole::default() };
         let map = Arc::new(PhysMap::new(Arc::new(GuestRam::new(RAM).expect("guest memory")), hole));
         let clock = Clock::manual();
-        let platform = Mutex::new(Platform::new(Setup::quiet(1, RAM, clock.clone())));
+        let platform = Platform::new(Setup::quiet(1, RAM, clock.clone()));
         let policy = if self.rng.below(2) == 0 { FlushPolicy::Tagged } else { FlushPolicy::Full };
         let mmu = Mmu::new(map.clone(), Arc::new(CodePages::new(PhysAddr(RAM))), policy).expect("mmu");
-        let shared = Arc::new(Shared { map, platform, clock });
+        let shared = Arc::new(Shared::new(map, platform, clock));
         let mut v = Vcpu::new(
             0,
             shared,

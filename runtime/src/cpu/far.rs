@@ -405,22 +405,28 @@ pub fn iret(v: &mut Vcpu, log2: u64, next_rip: u64) -> Helped {
 
 fn iret_protected(v: &mut Vcpu, bytes: u32) -> Result<(), Trap> {
     let mut stack = Stack::current(&v.state);
-    let rip = stack.pop(v, bytes)?;
-    let selector = stack.pop(v, bytes)? as u16;
-    let image = stack.pop(v, bytes)?;
+    let (rip, selector, image, mut above) = if is_64bit(&v.state) {
+        let [rip, selector, image, sp, ss] = stack.pops(v, bytes)?;
+        (rip, selector as u16, image, Some((sp, ss as u16)))
+    } else {
+        let [rip, selector, image] = stack.pops(v, bytes)?;
+        (rip, selector as u16, image, None)
+    };
     let long = is_long(&v.state);
     if !long && bytes == 4 && image & rflags::VM != 0 && v.state.cpl == 0 {
         return return_to_v86(v, stack, rip, selector, image);
     }
     let cpl = u32::from(selector & 3);
-    let outer = is_64bit(&v.state) || cpl > v.state.cpl;
-    let (sp, ss_selector) = if outer { (stack.pop(v, bytes)?, stack.pop(v, bytes)? as u16) } else { (0, 0) };
+    if above.is_none() && cpl > v.state.cpl {
+        let [sp, ss] = stack.pops(v, bytes)?;
+        above = Some((sp, ss as u16));
+    }
     let cs = return_cs(v, selector)?;
     let to_64bit = long && cs.attr & attr::L != 0;
     let rip = check_target_in(&v.state, rip, &cs)?;
     let mask = iret_flags_mask(&v.state, bytes);
-    if outer {
-        let ss = return_ss(v, ss_selector, cpl, to_64bit)?;
+    if let Some((sp, ss)) = above {
+        let ss = return_ss(v, ss, cpl, to_64bit)?;
         enter_outer_stack(&mut v.state, ss, sp, to_64bit);
         if cpl > v.state.cpl {
             drop_inner_segments(&mut v.state, cpl);

@@ -509,8 +509,10 @@ fn through_long_gate(v: &mut Vcpu, d: &Delivery) -> Result<(), Trap> {
         return Err(d.gp());
     }
     let la = LinearAddr(v.state.idtr.base.wrapping_add(at));
-    let low = v.read(la, 8, MemAs::System)?;
-    let high = v.read(la.wrapping_add(8), 8, MemAs::System)?;
+    let [low, high] = match v.read_quads(la, MemAs::System) {
+        Some(gate) => gate,
+        None => [v.read(la, 8, MemAs::System)?, v.read(la.wrapping_add(8), 8, MemAs::System)?],
+    };
     let kind = low >> 40 & 0x1f;
     let cpl = v.state.cpl;
     if kind & 0x1e != 0xe || (d.software && ((low >> 45 & 3) as u32) < cpl) {
@@ -547,9 +549,9 @@ fn through_long_gate(v: &mut Vcpu, d: &Delivery) -> Result<(), Trap> {
     let image = frame_flags(v, d);
     let (old_ss, old_sp) = (u64::from(v.state.seg[SS].selector), v.state.gpr[RSP]);
     let mut stack = Stack::long(sp & !15, access);
-    stack.push(v, 8, old_ss)?;
-    stack.push(v, 8, old_sp)?;
-    push_frame(v, &mut stack, 8, image, d)?;
+    let old_cs = u64::from(v.state.seg[CS].selector);
+    let frame = [d.error.unwrap_or(0).into(), d.rip, old_cs, image, old_sp, old_ss];
+    stack.push_quads(v, &frame[usize::from(d.error.is_none())..])?;
     code.set_accessed(v)?;
     let s = &mut v.state;
     if new_cpl < cpl {

@@ -74,6 +74,34 @@ impl Stack {
         Ok(())
     }
 
+    /// Pushes quadwords on a flat stack, the last of `values` first.
+    #[inline]
+    pub fn push_quads(&mut self, v: &mut Vcpu, values: &[u64]) -> Result<(), Trap> {
+        let sp = self.sp.wrapping_sub(8 * values.len() as u64);
+        if self.flat && v.write_quads(LinearAddr(sp), values, self.access) {
+            self.sp = sp;
+            return Ok(());
+        }
+        values.iter().rev().try_for_each(|&value| self.push(v, 8, value))
+    }
+
+    /// Pops `N` values of `size` (2, 4, 8) bytes.
+    #[inline]
+    pub fn pops<const N: usize>(&mut self, v: &mut Vcpu, size: u32) -> Result<[u64; N], Trap> {
+        if self.flat
+            && size == 8
+            && let Some(values) = v.read_quads(LinearAddr(self.sp), self.access)
+        {
+            self.sp = self.sp.wrapping_add(8 * N as u64);
+            return Ok(values);
+        }
+        let mut values = [0; N];
+        for value in &mut values {
+            *value = self.pop(v, size)?;
+        }
+        Ok(values)
+    }
+
     /// Pops `size` (2, 4, 8) bytes.
     pub fn pop(&mut self, v: &mut Vcpu, size: u32) -> Result<u64, Trap> {
         let la = self.address(self.sp, size)?;

@@ -207,20 +207,21 @@ pub(crate) fn step(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
 
 /// Delivers an NMI or interrupt if one may be delivered now.
 fn deliver_pending(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
-    if vcpu.state.shadow != 0 {
+    let index = vcpu.index;
+    if vcpu.state.shadow != 0 || !vcpu.shared.is_due(index) {
         return Ok(());
     }
-    let index = vcpu.index;
     let interrupts_on = vcpu.state.rflags_sys & rflags::IF != 0;
+    let nmis_on = vcpu.state.nmi_blocked == 0;
     let (nmi, pending) = {
         let mut p = vcpu.platform();
-        let nmi = p.signals(index) & signal::NMI != 0;
+        let nmi = nmis_on && p.signals(index) & signal::NMI != 0;
         if !(nmi || interrupts_on && p.interrupt_pending(index).is_some()) {
             return Ok(());
         }
         (nmi, if nmi { None } else { Some(p.acknowledge(index)) })
     };
-    if nmi && vcpu.state.nmi_blocked == 0 {
+    if nmi {
         vcpu.platform().take_signal(index, signal::NMI);
         vcpu.state.halted = 0;
         vcpu.counters.nmis += 1;
@@ -369,14 +370,25 @@ fn charge_exception(vcpu: &mut Vcpu) {
 fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
     // The way out of the last block leads to this one only if nothing came between, such as a fault of the fetch.
     (vcpu.jit.link_from, vcpu.jit.fill_jump_cache) = (None, false);
+    vcpu.jit.recording = 0;
+    if let Some(code) = known_code(vcpu, flags) {
+        vcpu.enter_phase(Phase::Code);
+        match run_code(vcpu, code) {
+            Next::Rip => {}
+            other => return other,
+        }
+    } else {
+        // Whoever comes here again finds it there.
+        vcpu.jit.fill_jump_cache = !vcpu.jit.alone;
+    }
     let mut id = match locate(vcpu, flags) {
         Ok(id) => id,
         Err(trap) => return Next::Trap(trap),
     };
-    vcpu.jit.recording = 0;
     if vcpu.jit.sampled.take() == Some(vcpu.state.rip) {
         super::region::sample(vcpu, id);
     }
+    connect(vcpu, id, flags);
     loop {
         let base = vcpu.state.rip_base;
         let n = i32::from(vcpu.jit.tbs.get(id).insns);
@@ -424,6 +436,21 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         }
         connect(vcpu, id, flags);
     }
+}
+
+/// The host code at `state.rip` from the jump cache, with `rip_base` set for it, when nothing asks for more than to run it.
+#[inline]
+fn known_code(vcpu: &mut Vcpu, flags: TbFlags) -> Option<u64> {
+    let jit = &vcpu.jit;
+    let plain = !jit.alone && jit.sampled.is_none() && jit.bypass.is_none() && !jit.compile_ready();
+    // Where CS has a limit, the dispatcher looks at it.
+    let unlimited = flags.is64() || flags.has(1 << (TbFlags::NOLIMIT_SHIFT + 1));
+    if !plain || !unlimited || vcpu.debug.has(DebugItem::Exec) {
+        return None;
+    }
+    let entry = vcpu.mmu.jump_get(vcpu.state.rip, flags.0.into())?;
+    vcpu.state.rip_base = entry.rip_base;
+    Some(entry.code)
 }
 
 /// Where block `id` is entered; `None`: in the evaluator.

@@ -5,10 +5,11 @@
 //! own instead; after any other store into translated bytes the blocks made from them are gone before the next block runs.
 #![allow(unsafe_code)] // the boundary to host code: gets the vCPU from the state that code was entered with
 
-use twofold_arch::{CpuState, Exception, LinearAddr};
+use twofold_arch::tbflags::MemMode;
+use twofold_arch::{CpuState, Exception, LinearAddr, PAGE_SIZE, PhysAddr};
 use twofold_backend::{AccessKind, HelperTable, MemInfo};
 use twofold_ir::{MemFlags, RmwOp};
-use twofold_mmu::{Mmu, Target};
+use twofold_mmu::{Beside, Mmu, Target};
 
 use super::dispatch::PENDING_RESTART;
 use super::tb::TbId;
@@ -83,6 +84,9 @@ fn perform(vcpu: &mut Vcpu, la: LinearAddr, info: MemInfo, lo: u64, hi: u64) -> 
         }
         AccessKind::Store => {
             vcpu.counters.slow_writes += 1;
+            if whole == size && store_harmless(vcpu, la, size, lo, mode, stack)? {
+                return Ok(0);
+            }
             guard_running_block(vcpu, la, whole, mode, stack)?;
             if size == 16 {
                 let [lo, hi] = vcpu.state.mem_result;
@@ -127,12 +131,50 @@ fn apply(op: RmwOp, old: u64, v: u64) -> u64 {
     }
 }
 
+/// A store in one page that leaves every translation good, as most are: to plain memory, beside the translations of a code page,
+/// or of what is there already. False: nothing was done.
+fn store_harmless(
+    vcpu: &mut Vcpu,
+    la: LinearAddr,
+    size: u32,
+    value: u64,
+    mode: MemMode,
+    stack: bool,
+) -> Result<bool, Abandoned> {
+    if !matches!(size, 1 | 2 | 4 | 8) || la.page_offset() + u64::from(size) > PAGE_SIZE || vcpu.watch.armed {
+        return Ok(false);
+    }
+    let t = vcpu.translate_write(la, mode, stack)?;
+    if t.host.is_some() {
+        return Ok(vcpu.mmu.store_cached(mode, la, size, value));
+    }
+    if !t.code || t.sub_page {
+        return Ok(false);
+    }
+    match vcpu.mmu.code().beside(t.pa, size.into()) {
+        Beside::No => return Ok(vcpu.mmu.holds(t.pa, size, value)),
+        Beside::Yes => {}
+        Beside::Crowded => give_up(vcpu, t.pa),
+    }
+    Ok(vcpu.mmu.write_beside(t.pa, size, value))
+}
+
+/// Drops the blocks with bytes in the page of `pa`, which is written to much more than it is executed; not if one of them runs.
+#[cold]
+fn give_up(vcpu: &mut Vcpu, pa: PhysAddr) {
+    if !runs_from(vcpu, pa.page(), PAGE_SIZE) {
+        let ids = vcpu.jit.tbs.touching(pa.page(), PAGE_SIZE);
+        vcpu.counters.smc_tbs_dropped += ids.len() as u64;
+        drop_blocks(vcpu, &ids);
+    }
+}
+
 /// A store into the block that is running must not happen under it: the instruction runs again, alone.
 fn guard_running_block(
     vcpu: &mut Vcpu,
     la: LinearAddr,
     size: u32,
-    mode: twofold_arch::tbflags::MemMode,
+    mode: MemMode,
     stack: bool,
 ) -> Result<(), Abandoned> {
     let parts = vcpu.resolve_write(la, size, mode, stack)?;
@@ -151,15 +193,19 @@ fn guard_running_block(
 
 /// Whether the block or region that is running was made from any of `len` bytes at `pa`, all in one page. Counted: whoever
 /// asks gives the instruction up.
-pub fn is_running(vcpu: &mut Vcpu, pa: twofold_arch::PhysAddr, len: u64) -> bool {
+pub fn is_running(vcpu: &mut Vcpu, pa: PhysAddr, len: u64) -> bool {
+    let is = runs_from(vcpu, pa, len);
+    vcpu.counters.smc_restarts += u64::from(is);
+    is
+}
+
+fn runs_from(vcpu: &Vcpu, pa: PhysAddr, len: u64) -> bool {
     let running = vcpu.jit.current.or_else(|| vcpu.jit.code_block(vcpu.state.host_ret));
     let Some(running) = running else { return false };
     let tb = vcpu.jit.tbs.get(running);
     let region = tb.region.as_ref().filter(|r| r.code.code.contains(&vcpu.state.host_ret));
     let hit = vcpu.jit.tbs.touching(pa, len);
-    let is = hit.iter().any(|id| *id == running || region.is_some_and(|r| r.members.contains(id)));
-    vcpu.counters.smc_restarts += u64::from(is);
-    is
+    hit.iter().any(|id| *id == running || region.is_some_and(|r| r.members.contains(id)))
 }
 
 /// Drops the blocks that were made from bytes written since the last call.

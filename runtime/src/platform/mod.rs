@@ -25,6 +25,8 @@ pub mod uart;
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use twofold_arch::PhysAddr;
 
@@ -142,6 +144,7 @@ struct Cpu {
     pending: u16,
     signals: u32,
     sipi_vector: u8,
+    due: Arc<AtomicBool>,
 }
 
 const NO_VECTOR: u16 = 0xffff;
@@ -292,7 +295,8 @@ impl Platform {
     /// The machine's devices as after a reset; consoles stay connected.
     pub fn reset(&mut self) {
         for (id, cpu) in self.cpus.iter_mut().enumerate() {
-            *cpu = Cpu::new(id as u32);
+            *cpu = Cpu { due: cpu.due.clone(), ..Cpu::new(id as u32) };
+            cpu.note_due();
         }
         self.ioapic = IoApic::new();
         self.pic = DualPic::new();
@@ -442,6 +446,11 @@ impl Platform {
         vector
     }
 
+    /// For each processor whether an interrupt or a signal waits for it: what can be asked without a lock.
+    pub(crate) fn due(&self) -> Box<[Arc<AtomicBool>]> {
+        self.cpus.iter().map(|c| c.due.clone()).collect()
+    }
+
     /// NMI, INIT, SIPI and SMI that wait for this processor: bits of [`signal`]. One load.
     #[must_use]
     #[inline]
@@ -454,6 +463,7 @@ impl Platform {
         let Some(c) = self.cpus.get_mut(cpu) else { return false };
         let was = c.signals & bit != 0;
         c.signals &= !bit;
+        c.note_due();
         was
     }
 
@@ -552,6 +562,9 @@ impl Platform {
             // An ExtINT message has no 8259 to ask but ours, which LINT0 serves.
             Delivery::ExtInt | Delivery::Reserved => {}
         }
+        if let Some(c) = self.cpus.get(cpu) {
+            c.note_due();
+        }
     }
 
     fn apply(&mut self, cpu: usize, effect: Effect) {
@@ -580,6 +593,7 @@ impl Platform {
                 None if extint && c.apic.accepts_extint() => u16::from(self.pic.peek()),
                 None => NO_VECTOR,
             };
+            c.note_due();
         }
     }
 
@@ -776,7 +790,10 @@ impl Platform {
             0x80 => self.test.post = value,
             smi::COMMAND_PORT | smi::DATA_PORT | smi::FIRST_PORT..=smi::LAST_PORT => {
                 if self.smi.write(port, value) {
-                    self.cpus.iter_mut().for_each(|c| c.signals |= signal::SMI);
+                    self.cpus.iter_mut().for_each(|c| {
+                        c.signals |= signal::SMI;
+                        c.note_due();
+                    });
                     self.nmi_sent |= self.cpus.len() > 1;
                 }
             }
@@ -836,7 +853,12 @@ impl Drop for Platform {
 
 impl Cpu {
     fn new(id: u32) -> Self {
-        Self { apic: LocalApic::new(id, id == 0), pending: NO_VECTOR, signals: 0, sipi_vector: 0 }
+        Self { apic: LocalApic::new(id, id == 0), pending: NO_VECTOR, signals: 0, sipi_vector: 0, due: Arc::default() }
+    }
+
+    /// To be called after every change of `pending` or `signals`.
+    fn note_due(&self) {
+        self.due.store(self.pending != NO_VECTOR || self.signals != 0, Ordering::Release);
     }
 }
 

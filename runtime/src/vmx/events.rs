@@ -163,7 +163,8 @@ fn nmi(v: &mut Vcpu) -> Result<bool, Shutdown> {
         return Ok(false);
     }
     let exits = v.vmx.controls.pin & pin::NMI_EXITING != 0;
-    if v.platform().signals(index) & signal::NMI == 0 || (!exits && v.state.nmi_blocked != 0) {
+    if !v.shared.is_due(index) || v.platform().signals(index) & signal::NMI == 0 || (!exits && v.state.nmi_blocked != 0)
+    {
         return Ok(false);
     }
     v.platform().take_signal(index, signal::NMI);
@@ -180,7 +181,8 @@ fn external_interrupt(v: &mut Vcpu, interrupts_on: bool) -> Result<(), Shutdown>
     let index = v.index;
     let exits = v.vmx.controls.pin & pin::EXTERNAL_INTERRUPT_EXITING != 0;
     let blocked = matches!(v.vmx.activity, activity::WAIT_FOR_SIPI) || (!exits && v.vmx.activity == activity::SHUTDOWN);
-    if blocked || (!exits && !interrupts_on) || v.platform().interrupt_pending(index).is_none() {
+    let none = blocked || (!exits && !interrupts_on) || !v.shared.is_due(index);
+    if none || v.platform().interrupt_pending(index).is_none() {
         return Ok(());
     }
     if !exits {

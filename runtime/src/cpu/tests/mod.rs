@@ -7,7 +7,7 @@ mod ops;
 pub(crate) mod smm;
 mod string;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use twofold_arch::control::{cr0, cr4, efer};
 use twofold_arch::{CpuState, Exception, LinearAddr, PhysAddr, Vector};
@@ -49,10 +49,10 @@ pub(crate) fn vcpu() -> Box<Vcpu> {
 pub(crate) fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
     let map = Arc::new(PhysMap::new(Arc::new(GuestRam::new(RAM).unwrap()), LegacyHole::default()));
     let clock = Clock::manual();
-    let platform = Mutex::new(Platform::new(Setup::quiet(1, RAM, clock.clone())));
+    let platform = Platform::new(Setup::quiet(1, RAM, clock.clone()));
     let code = Arc::new(CodePages::new(PhysAddr(RAM)));
     let mmu = Mmu::new(map.clone(), code, FlushPolicy::Tagged).unwrap();
-    let shared = Arc::new(Shared { map, platform, clock });
+    let shared = Arc::new(Shared::new(map, platform, clock));
     let mut v = Vcpu::new(0, shared, Arc::new(model), mmu, Jit::new(Tier::Eval, Default::default()));
     v.cold = ColdState::new(1);
     v.trace = Trace::new(Box::new(std::io::sink()));

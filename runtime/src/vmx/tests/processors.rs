@@ -29,7 +29,7 @@ fn two() -> [Box<Vcpu>; 2] {
     let mut first = with_guest();
     let clock = first.shared.clock.clone();
     let platform = Platform::new(Setup::quiet(2, crate::cpu::tests::RAM, clock.clone()));
-    let shared = std::sync::Arc::new(Shared { map: first.shared.map.clone(), platform: platform.into(), clock });
+    let shared = std::sync::Arc::new(Shared::new(first.shared.map.clone(), platform, clock));
     first.shared = shared.clone();
     let mmu = Mmu::new(shared.map.clone(), first.mmu.code().clone(), FlushPolicy::Tagged).unwrap();
     let model = first.model.clone();
