@@ -88,4 +88,5 @@ pub mod xcr0 {
     pub const X87: u64 = 1 << 0;
     pub const SSE: u64 = 1 << 1;
     pub const AVX: u64 = 1 << 2;
+    pub const PKRU: u64 = 1 << 9;
 }

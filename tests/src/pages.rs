@@ -94,13 +94,7 @@ impl Pages {
         let policy = if self.rng.below(2) == 0 { FlushPolicy::Tagged } else { FlushPolicy::Full };
         let mmu = Mmu::new(map.clone(), Arc::new(CodePages::new(PhysAddr(RAM))), policy).expect("mmu");
         let shared = Arc::new(Shared::new(map, platform, clock));
-        let mut v = Vcpu::new(
-            0,
-            shared,
-            Arc::new(CpuModel::max().set(cpu::cpuid::Bit::Pku, true)),
-            mmu,
-            Jit::new(tier, Options::default()),
-        );
+        let mut v = Vcpu::new(0, shared, Arc::new(CpuModel::max()), mmu, Jit::new(tier, Options::default()));
         v.cold = ColdState::new(1);
         cpu::reset(&mut v);
         v

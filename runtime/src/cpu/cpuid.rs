@@ -10,6 +10,7 @@ use twofold_arch::control::xcr0;
 use twofold_arch::cpuid::{Feature, Features};
 
 use super::models::{self, Cache, Generation, Model};
+use crate::fpu::area;
 use crate::platform::clock::{BASE_MHZ, CRYSTAL_HZ, TSC_RATIO_DENOMINATOR, TSC_RATIO_NUMERATOR};
 use crate::vmx::caps::{self, Caps, RowSet};
 
@@ -117,7 +118,7 @@ cpuid_bits! {
     Clwb "clwb" 7 0 B 24 [Clwb] max;
     Sha "sha" 7 0 B 29 [Sha] max;
     Umip "umip" 7 0 C 2 [Umip] max;
-    Pku "pku" 7 0 C 3 [Pku];
+    Pku "pku" 7 0 C 3 [Pku] max;
     Gfni "gfni" 7 0 C 8 [Gfni] max;
     Vaes "vaes" 7 0 C 9 [Vaes] max;
     Vpclmulqdq "vpclmulqdq" 7 0 C 10 [Vpclmulqdq] max;
@@ -148,10 +149,6 @@ cpuid_bits! {
 
 const _: () = assert!(ROWS.len() <= 128);
 
-/// Bytes of a save area before the extended components.
-const AREA: usize = crate::fpu::area::EXTENDED;
-/// Bytes of the AVX component.
-const AVX_AREA: usize = 256;
 /// What leaf 0x40000000 answers in EBX, ECX, EDX.
 const HYPERVISOR_SIGNATURE: &[u8; 12] = b"twofold\0\0\0\0\0";
 
@@ -391,8 +388,7 @@ impl CpuModel {
                 }
                 return Err(format!("unknown CPU feature '{name}'; 'twofold cpu show {base}' lists them"));
             };
-            // Protection keys work but for XSAVE's component of them, without which Linux takes offence: only when asked for.
-            if on && !Self::max().has(row.bit) && row.bit != Bit::Pku {
+            if on && !Self::max().has(row.bit) {
                 return Err(format!("CPU feature '{name}' is not implemented; leave it out"));
             }
             model.bits = if on { model.bits | 1 << row.bit as u8 } else { model.bits & !(1 << row.bit as u8) };
@@ -506,11 +502,12 @@ impl CpuModel {
     /// The XCR0 bits that may be set.
     #[must_use]
     pub const fn xcr0_mask(&self) -> u64 {
-        match (self.has(Bit::Xsave), self.has(Bit::Avx)) {
-            (false, _) => 0,
-            (true, false) => 0b11,
-            (true, true) => 0b111,
+        if !self.has(Bit::Xsave) {
+            return 0;
         }
+        let avx = if self.has(Bit::Avx) { xcr0::AVX } else { 0 };
+        let pkru = if self.has(Bit::Pku) { xcr0::PKRU } else { 0 };
+        xcr0::X87 | xcr0::SSE | avx | pkru
     }
 
     /// CPUID: EAX, EBX, ECX, EDX of a leaf (SDM Vol 2A, "CPUID—CPU Identification").
@@ -607,12 +604,12 @@ impl CpuModel {
         if !self.has(Bit::Xsave) {
             return [0; 4];
         }
-        // The legacy region and the header, then the AVX component: standard and compacted form are the same.
-        let size = |components: u64| (AREA + if components & xcr0::AVX != 0 { AVX_AREA } else { 0 }) as u32;
+        let size = |components: u64, compacted: bool| area::area_len(components, compacted) as u32;
         match subleaf {
-            0 => [self.xcr0_mask() as u32, size(enabled), size(self.xcr0_mask()), 0],
-            1 if self.has(Bit::Xsavec) => [0, size(enabled), 0, 0],
-            2 if self.has(Bit::Avx) => [AVX_AREA as u32, AREA as u32, 0, 0],
+            0 => [self.xcr0_mask() as u32, size(enabled, false), size(self.xcr0_mask(), false), 0],
+            1 if self.has(Bit::Xsavec) => [0, size(enabled, true), 0, 0],
+            2 if self.has(Bit::Avx) => [area::AVX_LEN as u32, area::EXTENDED as u32, 0, 0],
+            9 if self.has(Bit::Pku) => [area::PKRU_LEN as u32, area::PKRU as u32, 0, 0],
             _ => [0; 4],
         }
     }
@@ -712,18 +709,24 @@ mod tests {
         assert_eq!(m.cpuid(0xd, 0, &state(1)), [0; 4]);
         let m = CpuModel::parse("max,-avx").unwrap();
         assert!(!m.features.has(Feature::Avx2) && !m.features.has(Feature::Vaes) && m.features.has(Feature::Aes));
-        assert_eq!(m.cpuid(0xd, 0, &state(1)), [3, 576, 576, 0]);
+        assert_eq!(m.cpuid(0xd, 0, &state(1)), [0x203, 576, 840, 0]);
         assert_eq!(m.cpuid(0xd, 2, &state(1)), [0; 4]);
     }
 
     #[test]
     fn save_area_grows_with_xcr0() {
         let m = CpuModel::max();
+        assert_eq!(m.cpuid(0xd, 0, &state(1)), [0x207, 576, 840, 0]);
+        let sizes = |xcr0| {
+            let s = CpuidState { xcr0, ..state(1) };
+            (m.cpuid(0xd, 0, &s)[1], m.cpuid(0xd, 1, &s)[1])
+        };
+        assert_eq!([3, 7, 0x203, 0x207].map(sizes), [(576, 576), (832, 832), (840, 584), (840, 840)]);
+        assert_eq!(m.cpuid(0xd, 2, &state(1)), [256, 576, 0, 0]);
+        assert_eq!(m.cpuid(0xd, 9, &state(1)), [8, 832, 0, 0]);
+        let m = CpuModel::parse("max,-pku").unwrap();
         assert_eq!(m.cpuid(0xd, 0, &state(1)), [7, 576, 832, 0]);
-        let s = CpuidState { xcr0: 7, ..state(1) };
-        assert_eq!(m.cpuid(0xd, 0, &s), [7, 832, 832, 0]);
-        assert_eq!(m.cpuid(0xd, 1, &s)[1], 832);
-        assert_eq!(m.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
+        assert_eq!(m.cpuid(0xd, 9, &state(1)), [0; 4]);
     }
 
     /// Signatures and widths as the manuals have them, in every model's own leaves.
@@ -834,7 +837,7 @@ mod tests {
     #[test]
     fn dynamic_bits_follow_cr4() {
         use twofold_arch::control::cr4;
-        let m = CpuModel::parse("max,+pku").unwrap();
+        let m = CpuModel::max();
         let s = CpuidState { cr4: cr4::OSXSAVE | cr4::PKE, ..state(1) };
         assert_ne!(m.cpuid(1, 0, &s)[2] & 1 << 27, 0);
         assert_ne!(m.cpuid(7, 0, &s)[2] & 1 << 4, 0);

@@ -163,7 +163,7 @@ pub const MODELS: &[Model] = &[
         leaves: (0x16, 0x8000_0008),
         phys_bits: 39,
         aliases: &["skylake"],
-        without: &[Umip, Clwb],
+        without: &[Umip, Clwb, Pku],
         without_vmx: CLIENT_VMX,
         ..server("skylake-client", "Skylake client, 2015", Generation::Skylake, (6, 0x5e, 3))
     },
@@ -251,7 +251,7 @@ pub const SINCE: &[(Generation, &[Bit])] = &[
     (Generation::IvyBridge, &[Rdrand, F16c, Fsgsbase, Smep, Erms]),
     (Generation::Haswell, &[Fma, Avx2, Bmi1, Bmi2, Movbe, Lzcnt, Invpcid, TscAdjust, ZeroFcsFds, SpecCtrl, FlushL1d]),
     (Generation::Broadwell, &[Adx, Rdseed, Smap, Prefetchw]),
-    (Generation::Skylake, &[Clflushopt, Clwb, Xsavec, Xgetbv1, Xsaves, Umip]),
+    (Generation::Skylake, &[Clflushopt, Clwb, Xsavec, Xgetbv1, Xsaves, Umip, Pku]),
     (Generation::IceLake, &[Sha, Gfni, Vaes, Vpclmulqdq, La57, Rdpid, Fsrm, ArchCapabilities]),
     (Generation::Max, &[Movdiri, Serialize, BhiCtrl]),
 ];

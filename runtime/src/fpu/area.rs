@@ -17,8 +17,14 @@ pub const AVX: u64 = xcr0::AVX;
 pub const XMM: usize = 160;
 /// Offset of the first extended component, standard or compacted.
 pub const EXTENDED: usize = 576;
+/// Bytes of the AVX component.
+pub const AVX_LEN: usize = 256;
+/// Offset of the PKRU component, standard form.
+pub const PKRU: usize = EXTENDED + AVX_LEN;
+/// Bytes of the PKRU component: the register, and as many that are 0.
+pub const PKRU_LEN: usize = 8;
 /// Components that have a place here.
-const KNOWN: u64 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+const KNOWN: u64 = xcr0::X87 | xcr0::SSE | xcr0::AVX | xcr0::PKRU;
 const MXCSR: usize = 24;
 
 /// The mode's say in the layout.
@@ -100,7 +106,23 @@ pub fn in_use(s: &CpuState) -> u64 {
     let sse = s.vec.iter().any(|v| v[0] | v[1] != 0);
     let avx = s.vec.iter().any(|v| v[2] | v[3] != 0);
     let bit = |on: bool, b: u64| if on { b } else { 0 };
-    bit(x87, xcr0::X87) | bit(sse, xcr0::SSE) | bit(avx, xcr0::AVX)
+    bit(x87, xcr0::X87) | bit(sse, xcr0::SSE) | bit(avx, xcr0::AVX) | bit(s.pkru != 0, xcr0::PKRU)
+}
+
+/// Where the PKRU component is: in the compacted form behind those before it that XCOMP_BV names.
+#[must_use]
+pub const fn pkru_offset(xcomp_bv: u64) -> usize {
+    if xcomp_bv >> 63 == 0 || xcomp_bv & xcr0::AVX != 0 { PKRU } else { EXTENDED }
+}
+
+/// Bytes of an area with the components `components`.
+#[must_use]
+pub const fn area_len(components: u64, compacted: bool) -> usize {
+    if components & xcr0::PKRU != 0 {
+        pkru_offset(components | if compacted { 1 << 63 } else { 0 }) + PKRU_LEN
+    } else {
+        EXTENDED + if components & xcr0::AVX != 0 { AVX_LEN } else { 0 }
+    }
 }
 
 /// What a save writes.
@@ -153,6 +175,8 @@ pub struct Restore {
     pub mxcsr: bool,
     /// Whether MXCSR is initialised.
     pub mxcsr_init: bool,
+    /// Where the PKRU component is.
+    pub pkru_at: usize,
 }
 
 /// What a restore by `kind` of the components `wanted` does with a header; `None` for #GP(0).
@@ -172,10 +196,11 @@ pub fn plan_restore(header: &[u8; 64], kind: u64, wanted: u64, enabled: u64) -> 
     }
     let load = wanted & bv & KNOWN;
     let init = wanted & !bv & KNOWN;
+    let pkru_at = pkru_offset(comp);
     Some(if compact {
-        Restore { load, init, mxcsr: load & xcr0::SSE != 0, mxcsr_init: init & xcr0::SSE != 0 }
+        Restore { load, init, mxcsr: load & xcr0::SSE != 0, mxcsr_init: init & xcr0::SSE != 0, pkru_at }
     } else {
-        Restore { load, init, mxcsr: wanted & (xcr0::SSE | xcr0::AVX) != 0, mxcsr_init: false }
+        Restore { load, init, mxcsr: wanted & (xcr0::SSE | xcr0::AVX) != 0, mxcsr_init: false, pkru_at }
     })
 }
 

@@ -11,7 +11,7 @@ pub mod mxcsr;
 pub mod vector;
 pub mod x87;
 
-use twofold_arch::control::{cr0, cr4, rflags};
+use twofold_arch::control::{cr0, cr4, rflags, xcr0};
 use twofold_arch::fpu::{area as form, fcw, fsw, mxcsr as mx, x87 as word};
 use twofold_arch::{CpuState, Exception, LinearAddr, TbFlags, Vector};
 
@@ -40,6 +40,10 @@ pub trait Guest {
     /// # Errors
     /// The exception that a store would raise.
     fn check_store(&mut self, la: u64, bytes: u32, on_behalf: MemAs) -> Result<(), Trap>;
+    /// PKRU changes.
+    fn set_pkru(&mut self, value: u32) {
+        self.state().pkru = value;
+    }
     /// Whether the x87 code and data selectors always read as 0 (CPUID.7.EBX bit 13).
     fn zero_selectors(&self) -> bool;
 }
@@ -57,6 +61,9 @@ impl Guest for Vcpu {
     fn check_store(&mut self, la: u64, bytes: u32, on_behalf: MemAs) -> Result<(), Trap> {
         let mode = TbFlags(self.state.tb_flags).mem_mode();
         self.resolve_write(LinearAddr(la), bytes, mode, on_behalf == MemAs::Stack).map(drop)
+    }
+    fn set_pkru(&mut self, value: u32) {
+        crate::cpu::control::set_pkru(self, value);
     }
     fn zero_selectors(&self) -> bool {
         self.model.has(Bit::ZeroFcsFds)
@@ -272,6 +279,10 @@ pub fn save_state(v: &mut impl Guest, la: u64, how: u64) -> Helped {
         let high = area::avx(v.state());
         v.store(la.wrapping_add(area::EXTENDED as u64), &high[..view.avx_len()], behalf)?;
     }
+    if plan.written & xcr0::PKRU != 0 {
+        let pkru = u64::from(v.state().pkru).to_le_bytes();
+        v.store(la.wrapping_add(area::pkru_offset(plan.xcomp_bv) as u64), &pkru, behalf)?;
+    }
     let mut header = [0; 16];
     header[..8].copy_from_slice(&plan.xstate_bv.to_le_bytes());
     header[8..].copy_from_slice(&plan.xcomp_bv.to_le_bytes());
@@ -320,6 +331,13 @@ pub fn restore_state(v: &mut impl Guest, la: u64, how: u64) -> Helped {
     let mut high = [0; 256];
     if plan.load & area::AVX != 0 {
         v.load(la.wrapping_add(area::EXTENDED as u64), &mut high[..view.avx_len()], behalf)?;
+    }
+    let mut pkru = [0; 4];
+    if plan.load & xcr0::PKRU != 0 {
+        v.load(la.wrapping_add(plan.pkru_at as u64), &mut pkru, behalf)?;
+    }
+    if (plan.load | plan.init) & xcr0::PKRU != 0 {
+        v.set_pkru(u32::from_le_bytes(pkru));
     }
     mxcsr::collect(v.state());
     area::restore(v.state(), &plan, &legacy, &high, view);

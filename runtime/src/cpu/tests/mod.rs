@@ -4,6 +4,7 @@ mod control;
 mod deliver;
 mod legacy;
 mod ops;
+mod pkru;
 pub(crate) mod smm;
 mod string;
 
@@ -43,7 +44,7 @@ pub(crate) const TSS_SEL: u16 = 0x40;
 
 /// A reset vCPU.
 pub(crate) fn vcpu() -> Box<Vcpu> {
-    vcpu_of(CpuModel::max().set(super::cpuid::Bit::Pku, true))
+    vcpu_of(CpuModel::max())
 }
 
 pub(crate) fn vcpu_of(model: CpuModel) -> Box<Vcpu> {
