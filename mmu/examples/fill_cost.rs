@@ -120,7 +120,7 @@ fn nested(mmu: &mut Mmu, l1: &AddressSpace, read: Access) {
         ("L2, none cached: ", &l2, false),
     ] {
         let _ = mmu.vm_transition(space, FlushCause::VmEntry, true);
-        mmu.set_gpa_caching(caching);
+        mmu.set_walk_caching(caching);
         time(&format!("{what}miss, near"), 1 << 20, |i| {
             black_box(mmu.fill(space, near(i), read).ok());
         });
@@ -128,7 +128,7 @@ fn nested(mmu: &mut Mmu, l1: &AddressSpace, read: Access) {
             black_box(mmu.fill(space, far(i), read).ok());
         });
     }
-    mmu.set_gpa_caching(true);
+    mmu.set_walk_caching(true);
     time("VM entry and exit with VPID", 1 << 22, |i| {
         let (space, cause) = if i % 2 == 0 { (&l2, FlushCause::VmEntry) } else { (l1, FlushCause::VmExit) };
         let _ = black_box(mmu.vm_transition(space, cause, true));

@@ -10,7 +10,9 @@ use twofold_arch::tbflags::MemMode;
 use twofold_arch::{CpuState, LinearAddr, PhysAddr};
 
 use crate::jump::{JumpCache, JumpCacheEntry};
+use crate::structures::Structures;
 use crate::tlb::Table;
+use crate::walk::Last;
 
 /// What `CpuState` must hold so that translated code uses the current context.
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +112,7 @@ pub(crate) struct Context {
     pub last_used: u64,
     tables: [Table; 3],
     jumps: JumpCache,
+    structures: Structures,
     /// Which regions had a large page.
     large: LargeRegions,
     /// Nothing was put in since the last full flush.
@@ -138,6 +141,7 @@ impl Context {
             last_used: 0,
             tables: [Table::new(most)?, Table::new(most)?, Table::new(most)?],
             jumps: JumpCache::new()?,
+            structures: Structures::new(),
             large: LargeRegions::default(),
             empty: true,
         })
@@ -156,6 +160,19 @@ impl Context {
     pub(crate) fn table_mut(&mut self, mode: MemMode) -> &mut Table {
         self.empty = false;
         &mut self.tables[mode as usize]
+    }
+
+    /// See [`Structures::find`].
+    #[inline]
+    pub(crate) fn last(&self, la: LinearAddr, write: bool) -> Option<Last> {
+        self.structures.find(la, write)
+    }
+
+    /// A walk of `la` succeeded.
+    #[inline]
+    pub(crate) fn learn(&mut self, la: LinearAddr, last: &Last) {
+        self.empty = false;
+        self.structures.learn(la, last);
     }
 
     /// A page of `1 << shift` bytes at `la` is going to be cached in 4 KiB pieces.
@@ -178,6 +195,7 @@ impl Context {
             t.flush(globals);
         }
         self.jumps.flush(globals);
+        self.structures.flush();
         if globals {
             self.large.clear();
             self.pkru_used = 0;
@@ -186,10 +204,16 @@ impl Context {
         }
     }
 
-    /// Drops what is cached for `la`, every piece of a large page included; with `globals_only`, global pages alone.
+    /// Drops what is cached for `la`, every piece of a large page included, and the paging structures of all addresses; with
+    /// `globals_only`, global pages alone.
     pub(crate) fn drop_page(&mut self, la: LinearAddr, globals_only: bool) {
         if self.empty {
             return;
+        }
+        if globals_only {
+            self.structures.drop_pages(la);
+        } else {
+            self.structures.flush();
         }
         match self.large.of(la) {
             None => {

@@ -28,7 +28,7 @@ impl Mmu {
         let cache = self.gpa_cache(&controls);
         let memory = Direct { phys: &self.phys, code: &self.code };
         let mut nested = Nested::new(memory, controls, &mut self.gpa_caches[cache], &mut self.pml);
-        nested.bypass = !self.gpa_caching;
+        nested.bypass = !self.walk_caching;
         let found = nested.find(gpa, &access);
         let counts = nested.counts;
         self.stats.count_ept(&counts);

@@ -18,6 +18,7 @@ mod raw;
 pub mod rights;
 pub mod space;
 pub mod stats;
+mod structures;
 mod sub_page;
 pub mod tlb;
 pub mod trace;

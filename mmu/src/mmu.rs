@@ -22,7 +22,7 @@ use crate::rights::permitted;
 use crate::space::{Access, AccessKind, AddressSpace, Fault};
 use crate::stats::{FlushPolicy, MmuStats};
 use crate::tlb::{Hit, NewEntry, SLOW_CODE, SLOW_IO, most_entries};
-use crate::walk::{Direct, GuestPhysical, Mapping, Peek, WalkCounts, walk};
+use crate::walk::{Direct, GuestPhysical, Mapping, Peek, Steps, WalkCounts, walk, walk_last, walk_noting};
 
 /// Where an access goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,8 +132,8 @@ pub struct Mmu {
     pub(crate) gpa_caches: Vec<GpaCache>,
     /// The one used last.
     pub(crate) gpa_current: usize,
-    /// Cached guest-physical mappings are used.
-    pub(crate) gpa_caching: bool,
+    /// Walks use cached paging structures, large pages and guest-physical mappings.
+    pub(crate) walk_caching: bool,
     pub(crate) pml: Option<Pml>,
     pub(crate) apic_access: Option<PhysAddr>,
     pub(crate) stats: MmuStats,
@@ -164,7 +164,7 @@ impl Mmu {
             write_cached: vec![0; pages.div_ceil(64) as usize],
             gpa_caches: Vec::new(),
             gpa_current: 0,
-            gpa_caching: true,
+            walk_caching: true,
             pml: None,
             apic_access: None,
             stats: MmuStats::default(),
@@ -182,9 +182,10 @@ impl Mmu {
         std::mem::take(&mut self.view_changed)
     }
 
-    /// Whether cached guest-physical mappings are used (they are at first): off for comparison and for bisecting.
-    pub fn set_gpa_caching(&mut self, on: bool) {
-        self.gpa_caching = on;
+    /// Whether walks use cached paging structures, large pages and guest-physical mappings (they do at first): off for comparison
+    /// and for bisecting.
+    pub fn set_walk_caching(&mut self, on: bool) {
+        self.walk_caching = on;
     }
 
     /// Page-modification logging, as VM entry sets it (`None`: off); it only works with accessed and dirty flags for EPT.
@@ -276,16 +277,23 @@ impl Mmu {
     ///
     /// # Errors
     /// [`Fault`] as the SDM says.
+    #[inline(never)]
     pub fn fill(&mut self, space: &AddressSpace, la: LinearAddr, access: Access) -> Result<Translation, Fault> {
         if let Some(controls) = EptControls::of(space) {
             return self.fill_nested(space, controls, la, access);
         }
+        let mut memory = Direct { phys: &self.phys, code: &self.code };
         let mut counts = WalkCounts::default();
-        let found = match check_linear(space, la) {
-            Ok(la) => walk(space, la, access, &mut Direct { phys: &self.phys, code: &self.code }, &mut counts),
-            Err(fault) => Err(fault),
-        };
-        self.settle(space, la, access, found, counts)
+        if self.walk_caching
+            && let Some(last) = self.contexts[self.current].last(la, access.is_write())
+            && let Some(mapping) = walk_last(space, la, access, &mut memory, &mut counts, &last)
+        {
+            return Ok(self.settle_last(space, la, access, &mapping, counts));
+        }
+        let mut steps = Steps::new();
+        let found =
+            check_linear(space, la).and_then(|la| walk_noting(space, la, access, &mut memory, &mut counts, &mut steps));
+        self.settle(space, la, access, found, counts, &steps)
     }
 
     /// [`Self::fill`] while EPT is in use.
@@ -299,14 +307,26 @@ impl Mmu {
         let cache = self.gpa_cache(&controls);
         let memory = Direct { phys: &self.phys, code: &self.code };
         let mut nested = Nested::new(memory, controls, &mut self.gpa_caches[cache], &mut self.pml);
-        nested.bypass = !self.gpa_caching;
+        nested.bypass = !self.walk_caching;
         let mut counts = WalkCounts::default();
+        if self.walk_caching
+            && let Some(last) = self.contexts[self.current].last(la, access.is_write())
+        {
+            let found = walk_last(space, la, access, &mut nested, &mut counts, &last);
+            if let Some(mapping) = found {
+                let ept = nested.counts;
+                self.stats.count_ept(&ept);
+                return Ok(self.settle_last(space, la, access, &mapping, counts));
+            }
+        }
+        let mut steps = Steps::new();
         let found = check_linear(space, la).and_then(|la| {
-            let found = walk(space, la, access, &mut nested, &mut counts);
+            let found = walk_noting(space, la, access, &mut nested, &mut counts, &mut steps);
             if found.is_err() && nested.counts.hits != 0 {
                 // The fault may come of a guest-physical mapping that is not in memory any more.
                 nested.bypass = true;
-                return walk(space, la, access, &mut nested, &mut counts);
+                steps = Steps::new();
+                return walk_noting(space, la, access, &mut nested, &mut counts, &mut steps);
             }
             found
         });
@@ -315,7 +335,27 @@ impl Mmu {
         if let Err(Fault::Ept(fault)) = &found {
             self.ept_fault(space, fault);
         }
-        self.settle(space, la, access, found, counts)
+        self.settle(space, la, access, found, counts, &steps)
+    }
+
+    /// The end of a miss that the second level answered.
+    #[inline]
+    fn settle_last(
+        &mut self,
+        space: &AddressSpace,
+        la: LinearAddr,
+        access: Access,
+        m: &Mapping,
+        counts: WalkCounts,
+    ) -> Translation {
+        self.stats.misses += 1;
+        self.stats.entries_read += counts.entries_read;
+        if counts.entries_read == 0 {
+            self.stats.large_page_hits += 1;
+        } else {
+            self.stats.page_table_hits += 1;
+        }
+        self.install(space, la, access, m)
     }
 
     /// [`Self::fill`] with paging-structure entries read and guest-physical addresses resolved by `memory`.
@@ -330,14 +370,12 @@ impl Mmu {
         memory: &mut M,
     ) -> Result<Translation, Fault> {
         let mut counts = WalkCounts::default();
-        let found = match check_linear(space, la) {
-            Ok(la) => walk(space, la, access, memory, &mut counts),
-            Err(fault) => Err(fault),
-        };
-        self.settle(space, la, access, found, counts)
+        let found = check_linear(space, la).and_then(|la| walk(space, la, access, memory, &mut counts));
+        // The second level learns nothing: it would not know whose memory that was.
+        self.settle(space, la, access, found, counts, &Steps::new())
     }
 
-    /// The end of a miss: counts, and the translation installed if the walk found one.
+    /// The end of a miss that was walked for: counts, and if the walk found one, the translation installed.
     #[inline]
     fn settle(
         &mut self,
@@ -346,6 +384,7 @@ impl Mmu {
         access: Access,
         found: Result<Mapping, Fault>,
         counts: WalkCounts,
+        steps: &Steps,
     ) -> Result<Translation, Fault> {
         self.stats.misses += 1;
         self.stats.walks[space.mode as usize] += 1;
@@ -353,7 +392,13 @@ impl Mmu {
         self.stats.entries_read += counts.entries_read;
         self.stats.ad_writes += counts.ad_writes;
         match found {
-            Ok(mapping) => Ok(self.install(space, check_linear(space, la)?, access, &mapping)),
+            Ok(mapping) => {
+                let la = check_linear(space, la)?;
+                if let Some(last) = steps.last(mapping.guest_shift, access.is_write()) {
+                    self.contexts[self.current].learn(la, &last);
+                }
+                Ok(self.install(space, la, access, &mapping))
+            }
             Err(fault) => {
                 self.stats.faults += 1;
                 Err(fault)

@@ -69,6 +69,10 @@ pub struct MmuStats {
     pub misses: u64,
     /// Walks by [`PagingMode`], in the order of its number.
     pub walks: [u64; 5],
+    /// Misses that a cached large page answered: no walk.
+    pub large_page_hits: u64,
+    /// Misses that a cached page table answered: one entry was read.
+    pub page_table_hits: u64,
     /// Walks through EPT.
     pub nested_walks: u64,
     /// Paging-structure entries read.

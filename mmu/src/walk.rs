@@ -10,7 +10,7 @@
 
 use twofold_arch::exception::pf;
 use twofold_arch::paging::{self, A, D, G, NX, P, PCD, PS, PWT, RW, US};
-use twofold_arch::{GuestPhysAddr, LinearAddr, PhysAddr};
+use twofold_arch::{GuestPhysAddr, LinearAddr, PAGE_MASK, PhysAddr};
 
 use crate::code::CodePages;
 use crate::physmap::PhysMap;
@@ -220,6 +220,18 @@ pub struct WalkCounts {
     pub ad_writes: u64,
 }
 
+/// The end of the walks of a region, which [`crate::structures`] remembers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Last {
+    /// log2 of the size of the large page that `entry` maps; 12 where `entry` is the guest-physical address of a page table.
+    pub shift: u8,
+    pub entry: u64,
+    /// AND of the entries' flags, the large page's included: RW, US, A.
+    pub all: u64,
+    /// OR of the entries' flags: NX.
+    pub any: u64,
+}
+
 /// An entry that a walk used.
 #[derive(Clone, Copy)]
 struct Step {
@@ -228,7 +240,7 @@ struct Step {
 }
 
 /// The entries that a walk used, topmost first.
-struct Steps {
+pub(crate) struct Steps {
     steps: [Step; 5],
     len: usize,
     /// Entries read, the one that ended the walk included.
@@ -242,7 +254,7 @@ struct Steps {
 
 impl Steps {
     #[inline]
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             steps: [Step { at: GuestPhysAddr(0), entry: 0 }; 5],
             len: 0,
@@ -261,6 +273,18 @@ impl Steps {
         }
         self.all &= entry;
         self.any |= entry;
+    }
+
+    /// After a walk that succeeded and found a page of `1 << shift` bytes: what its region's walks have in common.
+    pub fn last(&self, shift: u8, write: bool) -> Option<Last> {
+        let (leaf, above) = self.steps.get(..self.len)?.split_last()?;
+        if shift > paging::SHIFT_4K {
+            let entry = leaf.entry | if write { A | D } else { A };
+            return Some(Last { shift, entry, all: self.all, any: self.any });
+        }
+        let all = above.iter().fold(u64::MAX, |all, s| all & s.entry);
+        let any = above.iter().fold(0, |any, s| any | s.entry);
+        Some(Last { shift, entry: leaf.at.0 & PAGE_MASK, all, any })
     }
 }
 
@@ -289,21 +313,91 @@ pub fn walk<M: GuestPhysical>(
     memory: &mut M,
     counts: &mut WalkCounts,
 ) -> Result<Mapping, Fault> {
+    walk_noting(space, la, access, memory, counts, &mut Steps::new())
+}
+
+/// [`walk`], and the entries it used.
+#[inline]
+pub(crate) fn walk_noting<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+    steps: &mut Steps,
+) -> Result<Mapping, Fault> {
     loop {
-        let mut steps = Steps::new();
         let leaf = match space.mode {
             PagingMode::None => return unpaged(la, access, memory),
-            PagingMode::Bits32 => walk_32(space, la, access, memory, &mut steps),
-            PagingMode::Pae => walk_pae(space, la, access, memory, &mut steps),
-            PagingMode::Level4 => walk_long::<4, M>(space, la, access, memory, &mut steps),
-            PagingMode::Level5 => walk_long::<5, M>(space, la, access, memory, &mut steps),
+            PagingMode::Bits32 => walk_32(space, la, access, memory, steps),
+            PagingMode::Pae => walk_pae(space, la, access, memory, steps),
+            PagingMode::Level4 => walk_long::<4, M>(space, la, access, memory, steps),
+            PagingMode::Level5 => walk_long::<5, M>(space, la, access, memory, steps),
         };
         counts.entries_read += steps.reads;
         let leaf = leaf?;
-        if let Some(mapping) = finish(space, la, access, &steps, &leaf, memory, counts)? {
+        if let Some(mapping) = finish(space, la, access, steps, &leaf, memory, counts)? {
             return Ok(mapping);
         }
+        *steps = Steps::new();
     }
+}
+
+/// The end of a walk: from what an earlier walk of the region came to. `None`, with nothing changed in the guest's paging structures,
+/// for all that is out of the ordinary: no permission, a flag to be set, an entry that is not present or malformed. Then a walk from the
+/// top says what there is to say.
+#[inline]
+pub(crate) fn walk_last<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+    last: &Last,
+) -> Option<Mapping> {
+    let leaf = if last.shift > paging::SHIFT_4K {
+        let base = match last.shift {
+            paging::SHIFT_4M => paging::pse_address(last.entry),
+            shift => last.entry & paging::ADDR & (u64::MAX << shift),
+        };
+        Leaf { entry: last.entry, shift: last.shift, base, pat: paging::PAT_LARGE }
+    } else {
+        last_entry(space, la, memory, counts, last.entry)?
+    };
+    let leaf_wants = if access.is_write() { A | D } else { A };
+    let rights = rights_of(space, last.all & leaf.entry, last.any | leaf.entry, leaf.entry);
+    if leaf.entry & leaf_wants != leaf_wants || refusal(space, rights, access).is_some() {
+        return None;
+    }
+    mapping(space, la, access, rights, &leaf, memory).ok()
+}
+
+/// The entry of `la` in the page table at `table`, if it is present and well formed.
+#[inline]
+fn last_entry<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    memory: &mut M,
+    counts: &mut WalkCounts,
+    table: u64,
+) -> Option<Leaf> {
+    counts.entries_read += 1;
+    let (at, width, reserved, address) = match space.mode {
+        PagingMode::Bits32 => (table | (la.0 >> 12 & 0x3ff) << 2, EntryWidth::Four, 0, 0xffff_f000),
+        PagingMode::Pae => {
+            let reserved = paging::pae_reserved(u32::from(space.maxphyaddr), space.nxe);
+            (table | (la.0 >> 12 & 0x1ff) << 3, EntryWidth::Eight, reserved, paging::ADDR)
+        }
+        _ => {
+            let reserved = paging::long_reserved(u32::from(space.maxphyaddr), space.nxe);
+            (table | (la.0 >> 12 & 0x1ff) << 3, EntryWidth::Eight, reserved, paging::ADDR)
+        }
+    };
+    let entry = memory.read_entry(GuestPhysAddr(at), width, la).ok()?;
+    if entry & P == 0 || entry & reserved != 0 {
+        return None;
+    }
+    Some(Leaf { entry, shift: paging::SHIFT_4K, base: entry & address, pat: paging::PAT_4K })
 }
 
 /// CR0.PG = 0: everything is allowed, only the second stage may refuse.
@@ -473,29 +567,47 @@ fn finish<M: GuestPhysical>(
     memory: &mut M,
     counts: &mut WalkCounts,
 ) -> Result<Option<Mapping>, Fault> {
-    let long = matches!(space.mode, PagingMode::Level4 | PagingMode::Level5);
-    let rights = Rights {
-        user: steps.all & US != 0,
-        write: steps.all & RW != 0,
-        // With EFER.NXE = 0 the bit is reserved, and 32-bit entries do not have it.
-        exec: steps.any & NX == 0,
-        pkey: if long { (leaf.entry >> paging::PKEY_SHIFT & 15) as u8 } else { 0 },
-    };
+    let rights = rights_of(space, steps.all, steps.any, leaf.entry);
     if let Some(error) = refusal(space, rights, access) {
         return Err(Fault::Page { error: error | access_error_bits(space, access), la });
     }
-    let dirty = access.is_write() || leaf.entry & D != 0;
     let leaf_wants = if access.is_write() { A | D } else { A };
     if (steps.all & A == 0 || leaf.entry & leaf_wants != leaf_wants)
         && !set_flags(steps, leaf_wants, la, memory, counts)?
     {
         return Ok(None);
     }
+    mapping(space, la, access, rights, leaf, memory).map(Some)
+}
+
+/// What entries allow, whose flags are `all` together and `any` of them.
+#[inline]
+fn rights_of(space: &AddressSpace, all: u64, any: u64, leaf: u64) -> Rights {
+    let long = matches!(space.mode, PagingMode::Level4 | PagingMode::Level5);
+    Rights {
+        user: all & US != 0,
+        write: all & RW != 0,
+        // With EFER.NXE = 0 the bit is reserved, and 32-bit entries do not have it.
+        exec: any & NX == 0,
+        pkey: if long { (leaf >> paging::PKEY_SHIFT & 15) as u8 } else { 0 },
+    }
+}
+
+/// The mapping that a leaf makes, once its flags are set.
+#[inline]
+fn mapping<M: GuestPhysical>(
+    space: &AddressSpace,
+    la: LinearAddr,
+    access: Access,
+    rights: Rights,
+    leaf: &Leaf,
+    memory: &mut M,
+) -> Result<Mapping, Fault> {
     let at = GuestPhysAddr(leaf.base | la.0 & !(u64::MAX << leaf.shift));
     let stage2 = memory.resolve(at, access.kind, rights, la).map_err(Fault::Ept)?;
     let pat = u8::from(leaf.entry & leaf.pat != 0) << 2;
     let pcd_pwt = u8::from(leaf.entry & PCD != 0) << 1 | u8::from(leaf.entry & PWT != 0);
-    Ok(Some(Mapping {
+    Ok(Mapping {
         page: stage2.pa.page(),
         guest_page: at.page(),
         shift: leaf.shift.min(stage2.shift),
@@ -503,9 +615,9 @@ fn finish<M: GuestPhysical>(
         rights,
         stage2,
         global: space.pge && leaf.entry & G != 0,
-        dirty,
+        dirty: access.is_write() || leaf.entry & D != 0,
         pat_index: pat | pcd_pwt,
-    }))
+    })
 }
 
 /// Sets A in every entry used, and what `leaf_wants` says in the last. False when one of them changed meanwhile.

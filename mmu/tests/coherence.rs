@@ -63,6 +63,11 @@ enum Step {
         op: usize,
         who: usize,
     },
+    /// The same everywhere: what one walk found out helps the next.
+    Sweep {
+        op: usize,
+        who: usize,
+    },
     MovCr3 {
         space: usize,
         keep: bool,
@@ -85,12 +90,13 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let flags = (0..64u64).prop_map(|b| {
-        // P mostly; RW, US, G, D, a key of 0 or 1, NX sometimes.
+        // P mostly; RW, US, G, A, D, a key of 0 or 1, NX sometimes.
         u64::from(b & 7 != 0)
             | (b & 1) << 1
             | (b >> 1 & 1) << 2
             | (b >> 2 & 1) << 8
             | (b >> 3 & 1) << 6
+            | u64::from(b >> 1 & 3 != 0) << 5
             | (b >> 4 & 1) << 59
             | u64::from(b >> 3 == 7) << 63
     });
@@ -101,6 +107,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..SPACES, la.clone(), 0..4u64, flags)
             .prop_map(|(space, la, kind, flags)| Step::Region { space, la, kind, flags }),
         12 => (la.clone(), 0..OPS.len(), 0..WHO.len()).prop_map(|(la, op, who)| Step::Access { la, op, who }),
+        4 => (0..OPS.len(), 0..WHO.len()).prop_map(|(op, who)| Step::Sweep { op, who }),
         3 => (0..SPACES, any::<bool>()).prop_map(|(space, keep)| Step::MovCr3 { space, keep }),
         2 => la.clone().prop_map(|la| Step::Invlpg { la }),
         2 => (0..4u8, 0..SPACES, la).prop_map(|(kind, space, la)| Step::Invpcid { kind, space, la }),
@@ -125,6 +132,10 @@ struct World {
     current: usize,
     time: u64,
     history: Vec<Vec<Past>>,
+    /// The same by way of a page table that the region's PDE does not point to any more, but that may still be cached.
+    by_table: Vec<Vec<Past>>,
+    /// Whether it may.
+    table_cached: Vec<bool>,
     /// When non-global translations of (space, address) were last invalidated, and global ones of the address.
     cut_local: Vec<u64>,
     cut_global: Vec<u64>,
@@ -135,6 +146,24 @@ fn same(a: Option<(Page, u64, bool)>, b: Option<(Page, u64, bool)>) -> bool {
         x.map(|(p, pa, g)| (p.user_mode_address, p.writable, p.execute_disabled, p.key, pa, g))
     };
     key(a) == key(b)
+}
+
+fn note(history: &mut Vec<Past>, now: Option<(Page, u64, bool)>, time: u64) {
+    match history.last_mut() {
+        Some(last) if same(last.mapped, now) => return,
+        Some(last) => last.until = time,
+        None => {}
+    }
+    history.push(Past { mapped: now, until: u64::MAX });
+}
+
+/// For an address in a region that may be a large page: where its PDE is, and the page table that it points to otherwise.
+fn region(space: usize, la: u64) -> Option<(u64, u64)> {
+    match (la >= SUPER, la >> 21 & 7) {
+        (true, 0) | (false, 2) => None,
+        (true, _) => Some((KERNEL + 0x1008, KERNEL + 0x3000)),
+        (false, _) => Some((tables_of(space) + 0x2020, tables_of(space) + 0x4000)),
+    }
 }
 
 fn tables_of(space: usize) -> u64 {
@@ -174,6 +203,8 @@ impl World {
             current: 0,
             time: 1,
             history: (0..n).map(|_| Vec::new()).collect(),
+            by_table: (0..n).map(|_| Vec::new()).collect(),
+            table_cached: vec![false; n],
             cut_local: vec![0; n],
             cut_global: vec![0; LAS.len()],
         };
@@ -193,20 +224,23 @@ impl World {
         self.machine.memory()
     }
 
-    /// Notes what every address is mapped to now.
+    /// Notes what every address is mapped to now, and what it would be by a cached page table.
     fn look(&mut self) {
         let m = self.memory();
+        let mut tables = self.memory();
+        for (pde, table) in (0..SPACES).flat_map(|s| [region(s, USER_LARGE), region(s, SUPER_LARGE)]).flatten() {
+            tables.write(pde, 8, table | 7);
+        }
         for s in 0..SPACES {
             let cpu = Cpu { cr3: tables_of(s), ..self.cpu };
             for (i, &la) in LAS.iter().enumerate() {
-                let now = model::peek(&cpu, &m, la);
-                let h = &mut self.history[s * LAS.len() + i];
-                match h.last_mut() {
-                    Some(last) if same(last.mapped, now) => continue,
-                    Some(last) => last.until = self.time,
-                    None => {}
-                }
-                h.push(Past { mapped: now, until: u64::MAX });
+                let n = s * LAS.len() + i;
+                note(&mut self.history[n], model::peek(&cpu, &m, la), self.time);
+                let Some((pde, _)) = region(s, la) else { continue };
+                let is_table = m.read(pde, 8) & 0x80 == 0;
+                self.table_cached[n] |= is_table;
+                let now = if self.table_cached[n] && !is_table { model::peek(&cpu, &tables, la) } else { None };
+                note(&mut self.by_table[n], now, self.time);
             }
         }
     }
@@ -215,7 +249,8 @@ impl World {
     fn possible(&self, la: usize) -> Vec<(Page, u64, bool)> {
         let mut all = Vec::new();
         for s in 0..SPACES {
-            for p in &self.history[s * LAS.len() + la] {
+            let n = s * LAS.len() + la;
+            for p in self.history[n].iter().chain(&self.by_table[n]) {
                 let Some(m) = p.mapped else { continue };
                 let alive = if m.2 {
                     p.until > self.cut_global[la]
@@ -236,9 +271,13 @@ impl World {
             if space.is_some_and(|x| x != s) {
                 continue;
             }
-            for i in 0..LAS.len() {
+            for (i, &at) in LAS.iter().enumerate() {
                 if la.is_none_or(|x| self.same_page(x, i)) {
                     self.cut_local[s * LAS.len() + i] = self.time;
+                }
+                // INVLPG drops all paging structures that are cached, INVPCID of an address only those that it needs.
+                if globals || la.is_none_or(|x| LAS[x] >> 21 == at >> 21) {
+                    self.table_cached[s * LAS.len() + i] = false;
                 }
             }
         }
@@ -272,13 +311,13 @@ impl World {
         let cpu = Cpu { cr3: tables_of(self.current), ..self.cpu };
         let possible = self.possible(la);
         let mut before = self.memory();
-        let misses = self.mmu.stats().misses;
+        let walks = self.mmu.stats().walks;
         let r = self.mmu.translate(&space, LinearAddr(LAS[la]), access_of(op, who));
         match r {
             Ok(t) => {
                 let fits = |m: &&(Page, u64, bool)| m.1 == t.pa.0 && model::allowed(&cpu, m.0, op, who);
                 prop_assert!(possible.iter().any(|m| fits(&m)), "{:#x} {op:?} {who:?} went to {t:?}", LAS[la]);
-                if self.mmu.stats().misses != misses {
+                if self.mmu.stats().walks != walks {
                     // A walk: of memory as it is, with the flags set there.
                     let theirs = model::access(&cpu, &mut before, LAS[la], op, who);
                     prop_assert_eq!(theirs.map(|f| f.pa), Ok(t.pa.0));
@@ -342,17 +381,17 @@ impl World {
                 self.look();
             }
             Step::Region { space, la, kind, flags } => {
-                let (pde, table) = match (LAS[la] >= SUPER, LAS[la] >> 21 & 7) {
-                    (true, 0) => return Ok(()),
-                    (true, _) => (KERNEL + 0x1008, KERNEL + 0x3000),
-                    (false, 2) => return Ok(()),
-                    (false, _) => (tables_of(space) + 0x2020, tables_of(space) + 0x4000),
-                };
+                let Some((pde, table)) = region(space, LAS[la]) else { return Ok(()) };
                 let value = if kind == 0 { table | 7 } else { (kind - 1) << 21 | 0x80 | flags };
                 self.machine.ram().store_u64(pde, value);
                 self.look();
             }
             Step::Access { la, op, who } => self.check_access(la, OPS[op], WHO[who])?,
+            Step::Sweep { op, who } => {
+                for la in 0..LAS.len() {
+                    self.check_access(la, OPS[op], WHO[who])?;
+                }
+            }
             Step::MovCr3 { space, keep } => {
                 let new = self.space(space);
                 let _ = self.mmu.mov_cr3(&new, keep);
@@ -361,6 +400,7 @@ impl World {
                     // Without PCIDs all spaces are PCID 0.
                     let of = if self.pcide { Some(space) } else { None };
                     self.cut(of, None, false);
+                    self.look();
                 }
             }
             Step::Invlpg { la } => {
@@ -368,6 +408,7 @@ impl World {
                 self.mmu.invlpg(&space, LinearAddr(LAS[la]));
                 let of = if self.pcide { Some(self.current) } else { None };
                 self.cut(of, Some(la), true);
+                self.look();
             }
             Step::Invpcid { kind, space, la } => {
                 let now = self.space(self.current);
@@ -381,6 +422,7 @@ impl World {
                 };
                 self.mmu.invpcid(&now, what);
                 self.cut(cut.0, cut.1, cut.2);
+                self.look();
             }
             Step::Toggle { bit } => {
                 let old = self.space(self.current);
@@ -395,6 +437,7 @@ impl World {
                 if bit == 0 {
                     self.look();
                     self.cut(None, None, true);
+                    self.look();
                 }
             }
             Step::Pkru { value } => {
@@ -407,22 +450,32 @@ impl World {
     }
 }
 
-fn run(pcide: bool, policy: FlushPolicy, steps: &[Step]) -> Result<(), TestCaseError> {
+/// How often the second level answered: large pages and page tables.
+fn run(pcide: bool, policy: FlushPolicy, steps: &[Step]) -> Result<(u64, u64), TestCaseError> {
     let mut w = World::new(pcide, policy);
     for &s in steps {
         w.step(s)?;
     }
-    Ok(())
+    Ok((w.mmu.stats().large_page_hits, w.mmu.stats().page_table_hits))
+}
+
+/// Rows A8, A9, A10 with CR4.PCIDE = 1. The cases together must have used the second level, or they do not test that.
+#[test]
+fn a8_a9_a10_coherent_with_pcids() {
+    let (pages, tables) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
+    proptest!(
+        ProptestConfig { cases: 250, failure_persistence: None, ..ProptestConfig::default() },
+        |(steps in proptest::collection::vec(step(), 1..150))| {
+            let used = run(true, FlushPolicy::Tagged, &steps)?;
+            pages.set(pages.get() + used.0);
+            tables.set(tables.get() + used.1);
+        }
+    );
+    assert!(pages.get() > 20 && tables.get() > 1000, "{} large pages, {} page tables", pages.get(), tables.get());
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 250, failure_persistence: None, ..ProptestConfig::default() })]
-
-    /// Rows A8, A9, A10 with CR4.PCIDE = 1.
-    #[test]
-    fn a8_a9_a10_coherent_with_pcids(steps in proptest::collection::vec(step(), 1..150)) {
-        run(true, FlushPolicy::Tagged, &steps)?;
-    }
 
     /// Rows A8, A9, A10 and D6: with CR4.PCIDE = 0 everything is PCID 000H.
     #[test]

@@ -180,7 +180,7 @@ fn compare(cpu: &Cpu, tables: &Tables, tries: &[Try], outcomes: &mut [u32; 5]) -
     let cpu = Cpu { maxphyaddr: ept.maxphyaddr, ..*cpu };
     let space = space_under(&cpu, &ept);
     let mut mmu = machine.mmu(FlushPolicy::Tagged);
-    mmu.set_gpa_caching(false);
+    mmu.set_walk_caching(false);
     mmu.set_pml(pml_of(&ept));
     let _ = mmu.reset(&space);
     for t in tries {

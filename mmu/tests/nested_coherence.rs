@@ -33,8 +33,9 @@ const DATA_PAGES: u64 = 4;
 /// Physical pages that EPT puts them on.
 const FRAMES: u64 = 0x5_0000;
 
+/// In a 2 MiB page at guest-physical address 0 these are the data pages.
 fn la(i: usize) -> u64 {
-    0x40_0000 + i as u64 * 0x1000
+    0x40_0000 + DATA + i as u64 * 0x1000
 }
 
 fn ept_top(e: usize) -> u64 {
@@ -49,6 +50,11 @@ fn guest_pt(s: usize) -> u64 {
     guest_top(s) + 0x3000
 }
 
+/// Where the entry of the region is.
+fn guest_pde(s: usize) -> u64 {
+    guest_top(s) + 0x2010
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// Write a guest page-table entry, in the table itself or in the other one.
@@ -58,6 +64,11 @@ enum Step {
         la: usize,
         page: u64,
         flags: u64,
+    },
+    /// Write the guest's entry of the region: a 2 MiB page with these flags, or the page table.
+    Region {
+        space: usize,
+        page: Option<u64>,
     },
     /// Write the EPT entry of a data page.
     Ept {
@@ -123,6 +134,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (0..SPACES, any::<bool>(), 0..LAS, 0..DATA_PAGES, guest)
             .prop_map(|(space, other, la, page, flags)| Step::Guest { space, other, la, page, flags }),
+        1 => (0..SPACES, proptest::option::of((0..8u64).prop_map(|b| 1 | (b & 3) << 1 | ((b >> 2) * 0x60))))
+            .prop_map(|(space, page)| Step::Region { space, page }),
         4 => (0..EPTS, 0..DATA_PAGES, 0..16u64, rights)
             .prop_map(|(ept, page, frame, rights)| Step::Ept { ept, page, frame, rights }),
         1 => (0..EPTS, 0..SPACES, any::<bool>()).prop_map(|(ept, space, other)| Step::MoveTable { ept, space, other }),
@@ -141,6 +154,12 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// A linear address's mapping: physical page; the guest's user, write; EPT's read, write, execute.
 type Combined = (u64, bool, bool, bool, bool, bool);
+/// What is cached for a region: the page table of a space, or a 2 MiB page with its user and write.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Region {
+    Table(usize),
+    Page(bool, bool),
+}
 /// A guest-physical page's mapping: physical page; read, write, execute.
 type Physical = (u64, bool, bool, bool);
 
@@ -159,6 +178,8 @@ struct World {
     physical: Vec<BTreeSet<Physical>>,
     /// What may be cached: linear (EPT number 0) and combined (1…) mappings, by VPID, PCID, EPT and address.
     combined: Vec<BTreeSet<Combined>>,
+    /// What the region, in which all addresses are, may be cached as, by VPID, PCID and EPT.
+    regions: Vec<BTreeSet<Region>>,
     stale_hits: u32,
 }
 
@@ -206,6 +227,7 @@ impl World {
             eptp: 0,
             physical: vec![BTreeSet::new(); EPTS * GPA_PAGES],
             combined: vec![BTreeSet::new(); VPIDS * PCIDS * (EPTS + 1) * LAS],
+            regions: vec![BTreeSet::new(); VPIDS * PCIDS * (EPTS + 1)],
             stale_hits: 0,
         };
         let space = w.space();
@@ -262,6 +284,23 @@ impl World {
         if page < data { DATA + page as u64 * 0x1000 } else { guest_pt(page - data) }
     }
 
+    /// What guest paging makes of an address by what is cached for its region: guest-physical page, user, write.
+    fn guest_mappings(&self, region: Region, i: usize) -> Vec<(u64, bool, bool)> {
+        let space = match region {
+            Region::Page(user, write) => return vec![(la(i) & 0x1f_ffff, user, write)],
+            Region::Table(space) => space,
+        };
+        let tables: Vec<u64> = match self.l2 {
+            None => vec![guest_pt(space)],
+            Some((_, e)) => {
+                let of = &self.physical[e * GPA_PAGES + DATA_PAGES as usize + space];
+                of.iter().map(|p| p.0).collect()
+            }
+        };
+        let entries = tables.into_iter().map(|t| self.machine.ram().load_u64(t + (la(i) >> 12 & 511) * 8).unwrap());
+        entries.filter(|e| e & 1 != 0).map(|e| (e & 0xf_ffff_f000, e & 4 != 0, e & 2 != 0)).collect()
+    }
+
     /// Notes what the current context may cache now.
     fn look(&mut self) {
         if let Some((_, e)) = self.l2 {
@@ -272,22 +311,15 @@ impl World {
             }
         }
         let (vpid, pcid, ept) = (self.vpid(), usize::from(self.pcid()), self.ept_number());
+        let cached = &mut self.regions[Self::slot(vpid, pcid, ept, 0) / LAS];
+        let entry = self.machine.ram().load_u64(guest_pde(self.space)).unwrap();
+        let large = Region::Page(entry & 4 != 0, entry & 2 != 0);
+        cached.insert(if entry & 0x80 != 0 { large } else { Region::Table(self.space) });
+        let cached: Vec<Region> = cached.iter().copied().collect();
         for i in 0..LAS {
             let mut found = Vec::new();
-            let tables: Vec<u64> = match self.l2 {
-                None => vec![guest_pt(self.space)],
-                Some((_, e)) => {
-                    let of = &self.physical[e * GPA_PAGES + DATA_PAGES as usize + self.space];
-                    of.iter().map(|p| p.0).collect()
-                }
-            };
-            for table in tables {
-                let entry = self.machine.ram().load_u64(table + (la(i) >> 12 & 511) * 8).unwrap();
-                if entry & 1 == 0 {
-                    continue;
-                }
-                let gpa = entry & 0xf_ffff_f000;
-                let (user, write) = (entry & 4 != 0, entry & 2 != 0);
+            let guest: Vec<(u64, bool, bool)> = cached.iter().flat_map(|&r| self.guest_mappings(r, i)).collect();
+            for (gpa, user, write) in guest {
                 match self.l2 {
                     None => found.push((gpa, user, write, true, true, true)),
                     Some((_, e)) => {
@@ -310,6 +342,7 @@ impl World {
                     for i in 0..LAS {
                         let fits = |want: Option<usize>, x| want.is_none_or(|w| w == x);
                         if fits(vpid, v) && fits(pcid, p) && fits(ept, e) && fits(address, i) {
+                            self.regions[Self::slot(v, p, e, 0) / LAS].clear();
                             self.combined[Self::slot(v, p, e, i)].clear();
                         }
                     }
@@ -416,6 +449,9 @@ impl World {
                 let table = if other { OTHER_TABLES + space as u64 * 0x1000 } else { guest_pt(space) };
                 ram.store_u64(table + (la(i) >> 12 & 511) * 8, (DATA + page * 0x1000) | flags);
             }
+            Step::Region { space, page } => {
+                ram.store_u64(guest_pde(space), page.map_or(guest_pt(space) | 7, |flags| 0x80 | flags));
+            }
             Step::Ept { ept, page, frame, rights } => {
                 let at = ept_top(ept) + 0x3000 + ((DATA >> 12) + page) * 8;
                 ram.store_u64(at, (FRAMES + frame * 0x1000) | 6 << 3 | rights);
@@ -496,26 +532,31 @@ impl World {
     }
 }
 
-fn run(pcide: bool, policy: FlushPolicy, steps: &[Step]) -> Result<u32, TestCaseError> {
+/// How many mappings were used that were not in memory any more, and how many misses the second level answered.
+fn run(pcide: bool, policy: FlushPolicy, steps: &[Step]) -> Result<[u64; 3], TestCaseError> {
     let mut w = World::new(pcide, policy);
     for &s in steps {
         w.step(s)?;
     }
-    Ok(w.stale_hits)
+    let stats = w.mmu.stats();
+    Ok([w.stale_hits.into(), stats.large_page_hits, stats.page_table_hits])
 }
 
 /// Rows C5, C6, D1, D2, D5, D7, E1, E2, E3, E4 with PCIDs. The cases together must have used mappings that were old and
 /// still allowed, or they test nothing.
 #[test]
 fn c5_c6_d1_d2_d5_d7_e1_e2_e3_e4_coherent_under_tags() {
-    let stale = std::cell::Cell::new(0);
+    let used = std::cell::Cell::new([0; 3]);
     proptest!(
         ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() },
         |(steps in proptest::collection::vec(step(), 1..300))| {
-            stale.set(stale.get() + run(true, FlushPolicy::Tagged, &steps)?);
+            let (before, now) = (used.get(), run(true, FlushPolicy::Tagged, &steps)?);
+            used.set([0, 1, 2].map(|i| before[i] + now[i]));
         }
     );
-    assert!(stale.get() > 500, "{} accesses used an old mapping", stale.get());
+    let [stale, pages, tables] = used.get();
+    assert!(stale > 500, "{stale} accesses used an old mapping");
+    assert!(pages > 500 && tables > 500, "{pages} misses found a large page, {tables} a page table");
 }
 
 proptest! {

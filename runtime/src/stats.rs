@@ -113,6 +113,8 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
         "tlb": {
             "misses": m.misses,
             "walks": walks,
+            "large_page_hits": m.large_page_hits,
+            "page_table_hits": m.page_table_hits,
             "nested_walks": m.nested_walks,
             "entries_read": m.entries_read,
             "ad_writes": m.ad_writes,
