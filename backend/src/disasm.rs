@@ -77,7 +77,7 @@ impl CompiledTb {
     #[must_use]
     pub fn listing(&self) -> String {
         let entry = self.entry as usize;
-        let text = disassemble(&self.code[entry..], u64::from(self.entry), |at| self.target(at));
+        let text = disassemble(&self.code[entry..], 0, |at| self.target(at + u64::from(self.entry)));
         // Padding after a jump that was moved over the epilogue is never reached.
         text.lines().filter(|l| !l.ends_with("int3")).flat_map(|l| [l, "\n"]).collect()
     }
@@ -100,7 +100,7 @@ impl CompiledTb {
             let mut code = if o.role == Role::Data {
                 constants(bytes)
             } else {
-                instructions(bytes, o.at.into(), |at| self.target(at))
+                instructions(bytes, (o.at - entry).into(), |at| self.target(at + u64::from(entry)))
             };
             code.retain(|i| i.text != "int3");
             code.iter_mut().for_each(|i| i.at += o.at - entry);

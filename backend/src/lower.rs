@@ -366,7 +366,12 @@ impl Lowering<'_> {
             }
             Op::Call { helper, args } if let Some(native) = Native::helper(helper, self.constant(args[2])) => {
                 let (a, b) = (self.get(args[0])?, self.get(args[1])?);
-                let v = self.call_named(NAME_NATIVE, native.0, Shape::call(3, 1), &[a, b])[0];
+                let v = if helper == Helper::DivideWide {
+                    let d = self.get(args[2])?;
+                    self.call_named(NAME_NATIVE, native.0, Shape::call(4, 2), &[a, b, d])[0]
+                } else {
+                    self.call_named(NAME_NATIVE, native.0, Shape::call(3, 1), &[a, b])[0]
+                };
                 self.set(i, v);
             }
             Op::Call { helper, args } => {

@@ -19,8 +19,9 @@ pub(crate) struct Native(pub u32);
 const X87: u32 = 1 << 31;
 const INT: u32 = 1 << 30;
 
-/// Helpers that are one host instruction: CRC32 of 1, 2, 4, 8 bytes, PDEP, PEXT. Operands in RSI and RDX, the result in RAX.
-const INTS: [&[u8]; 6] = [
+/// Helpers that are one host instruction: CRC32 of 1, 2, 4, 8 bytes, PDEP, PEXT, DIV. Operands in RSI, RDX and RCX, the result in RAX; DIV
+/// changes RDX.
+const INTS: [&[u8]; 7] = [
     // mov eax, esi; crc32 eax, dl / dx / edx / rdx
     &[0x89, 0xf0, 0xf2, 0x0f, 0x38, 0xf0, 0xc2],
     &[0x89, 0xf0, 0x66, 0xf2, 0x0f, 0x38, 0xf1, 0xc2],
@@ -29,6 +30,8 @@ const INTS: [&[u8]; 6] = [
     // pdep rax, rsi, rdx; pext rax, rsi, rdx
     &[0xc4, 0xe2, 0xcb, 0xf5, 0xc2],
     &[0xc4, 0xe2, 0xca, 0xf5, 0xc2],
+    // mov rax, rsi; cmp rdx, rcx; jae over; div rcx. None divides that would trap.
+    &[0x48, 0x89, 0xf0, 0x48, 0x39, 0xca, 0x73, 3, 0x48, 0xf7, 0xf1],
 ];
 
 impl Native {
@@ -44,6 +47,7 @@ impl Native {
             Helper::Crc32 if sse42 => log2_bytes.filter(|&n| n < 4)? as u32,
             Helper::Pdep if bmi2 => 4,
             Helper::Pext if bmi2 => 5,
+            Helper::DivideWide if cfg!(target_arch = "x86_64") => 6,
             _ => return None,
         };
         Some(Self(INT | n))

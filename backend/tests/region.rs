@@ -6,12 +6,12 @@
 mod common;
 
 use common::{Machine, RIP_BASE, enter};
-use twofold_arch::{CodeSize, TbFlags};
+use twofold_arch::{CcKind, CcOp, CodeSize, CondCode, Loc, TbFlags};
 use twofold_backend::{CodeMemory, InstalledTb, Leave, Options, Probe, REGION_SLOTS, RegionCompiler};
 use twofold_ir::eval::{self, Target, reference};
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 use twofold_ir::testing::{Rng, Shape, random_block};
-use twofold_ir::{Block, Exit};
+use twofold_ir::{BinOp, Block, Builder, Exit, IntCc, MemFlags, Ty};
 
 /// Bytes from one block to the next.
 const STRIDE: u16 = 128;
@@ -279,4 +279,108 @@ fn windows_cross_pages() {
         check(&mut rig, &tb, &b, Case { fault_at: at * 7, ..plain });
         check(&mut rig, &tb, &b, Case { seed: at as u64, runs: 4, ..plain });
     }
+}
+
+/// A chain of additions, subtractions and products of 64 bits with carries between, as the front end makes it.
+fn chain(rng: &mut Rng) -> Block {
+    let mut b = Builder::new(TbFlags(CodeSize::Bits64 as u32));
+    let edge = [0, 1, 2, u64::MAX, u64::MAX - 1, 1 << 63, (1 << 63) - 1];
+    let n = 4 + rng.below(16);
+    for i in 0..n {
+        b.begin_insn(i as u16 * 4, 4);
+        let reg = Loc::gpr(rng.below(6) as u8);
+        let c = b.cond(CondCode::B);
+        let c = b.zext(Ty::I64, c);
+        let x = b.get(Ty::I64, reg);
+        let y = match rng.below(4) {
+            0 => b.iconst(Ty::I64, edge[rng.below(edge.len())]),
+            1 => {
+                let at = b.get(Ty::I64, Loc::gpr(7));
+                b.load(Ty::I64, MemFlags::NONE, at)
+            }
+            _ => b.get(Ty::I64, Loc::gpr(rng.below(6) as u8)),
+        };
+        match rng.below(8) {
+            0 => {
+                let (lo, hi) = (b.bin(BinOp::Mul, x, y), b.bin(BinOp::UMulHi, x, y));
+                b.put(Loc::gpr(0), lo);
+                b.put(Loc::gpr(2), hi);
+            }
+            1 => {
+                let s = b.add(x, y);
+                b.put(reg, s);
+                b.set_cc(CcKind::Add, s, Some(y), None);
+            }
+            2 => {
+                let s = b.sub(x, y);
+                b.put(reg, s);
+                b.set_cc(CcKind::Sub, s, Some(y), None);
+            }
+            3 => {
+                // SETB and ADD, as compilers do.
+                let r = b.add(x, c);
+                b.put(reg, r);
+                b.set_cc(CcKind::Add, r, Some(c), None);
+            }
+            4 => {
+                // ADCX.
+                let (s, f) = (b.add(x, y), b.flags());
+                let r = b.add(s, c);
+                let (c1, c2) = (b.cmp(IntCc::Ult, s, x), b.cmp(IntCc::Ult, r, s));
+                let out = b.or(c1, c2);
+                b.put(reg, r);
+                let out = b.zext(Ty::I64, out);
+                let f = b.bin_imm(BinOp::And, f, !1);
+                let f = b.or(f, out);
+                b.set_flags(f);
+            }
+            5 => {
+                let s = b.sub(x, y);
+                let s = b.sub(s, c);
+                b.put(reg, s);
+                b.set_cc(CcKind::Sbb, s, Some(y), Some(c));
+            }
+            _ => {
+                let s = b.add(x, y);
+                let s = b.add(s, c);
+                b.put(reg, s);
+                b.set_cc(CcKind::Adc, s, Some(y), Some(c));
+            }
+        }
+    }
+    b.finish(Exit::Jump { off: 0 }, true)
+}
+
+/// Carries that stay in the host's flags, and products in one instruction, are what the reference makes of them.
+#[test]
+fn carry_chains() {
+    let mut rig = Rig {
+        compiler: RegionCompiler::new(Options { probe: Probe::Inline, verify: true }).expect("compiler"),
+        memory: CodeMemory::new(8 << 20).expect("code memory"),
+    };
+    let (mut passes, mut chained) = (Passes::default(), [0; 2]);
+    for seed in 0..400 {
+        let raw = chain(&mut Rng(seed * 77 + 5));
+        let mut b = raw.clone();
+        passes.run(&mut b, &PassOptions::HOST);
+        let outcome = |b: &Block| {
+            let mut m = Machine::new(seed);
+            reference::run(b, &mut *m);
+            let s = &m.state;
+            (s.gpr, twofold_arch::flags::arith_flags(CcOp(s.cc_op as u8), s.cc_dst, s.cc_src, s.cc_src2))
+        };
+        assert_eq!(outcome(&raw), outcome(&b), "the passes: {seed}\n{raw}{b}");
+        let b = [b];
+        let tb = rig.compiler.compile(&b, None, None).expect("code").listing();
+        chained[0] += usize::from(tb.contains(" adc "));
+        chained[1] += usize::from(tb.contains(" sbb "));
+        let tb = rig.install(&b);
+        let plain = Case { seed, fault_at: usize::MAX, budget: 100, runs: 1 };
+        let events = check(&mut rig, &tb, &b, plain);
+        for at in 0..events.min(3) {
+            check(&mut rig, &tb, &b, Case { fault_at: at, ..plain });
+        }
+        check(&mut rig, &tb, &b, Case { runs: 3, ..plain });
+    }
+    assert!(chained[0] > 200 && chained[1] > 80, "{chained:?}");
 }

@@ -68,10 +68,8 @@ helpers! {
     EnterRegion "enter_region" (1);
 
     // ---- integer ---------------------------------------------------------------------------------------------------
-    /// (divisor, log2 bytes): DIV on AX or rDX:rAX; #DE.
-    Div "div" (2) faults;
-    /// (divisor, log2 bytes): IDIV on AX or rDX:rAX; #DE.
-    Idiv "idiv" (2) faults;
+    /// (low, high, divisor): the quotient of 128 bits by 64, if it fits in 64 (high < divisor); else low.
+    DivideWide "divide_wide" (3) pure;
     /// (value, count, log2 bytes | right << 8): RCL or RCR through CF with lazy flags updated; the result.
     RotateCarry "rotate_carry" (3);
     /// (kind 0 DAA 1 DAS 2 AAA 3 AAS 4 AAM 5 AAD, imm8): BCD adjustment of AX and flags; #DE for AAM 0.

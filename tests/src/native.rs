@@ -707,7 +707,10 @@ impl Env for TestEnv {
 /// Simple models of the helpers that user-mode integer instructions call, so that the front end can be tested by itself.
 fn helper_model(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Result<u64, Abandon> {
     match helper {
-        Helper::Div | Helper::Idiv => divide(env, a[0], a[1], helper == Helper::Idiv),
+        Helper::DivideWide => {
+            let n = u128::from(a[1]) << 64 | u128::from(a[0]);
+            Ok(if a[1] < a[2] { (n / u128::from(a[2])) as u64 } else { a[0] })
+        }
         Helper::RotateCarry => Ok(rotate_carry(env, a[0], a[1], a[2])),
         Helper::Crc32 => Ok(crc32(a[0] as u32, a[1], 1 << a[2])),
         Helper::Pdep => Ok(pdep(a[0], a[1])),
@@ -736,44 +739,6 @@ fn helper_model(env: &mut TestEnv, helper: Helper, a: [u64; 4]) -> Result<u64, A
         Helper::CheckTarget => Ok(a[0]),
         _ => panic!("no model of {helper:?}"),
     }
-}
-
-fn divide(env: &mut TestEnv, divisor: u64, log2: u64, signed: bool) -> Result<u64, Abandon> {
-    let bits = 8 << log2;
-    let mask = u64::MAX >> (64 - bits);
-    let gpr = &mut env.state.gpr;
-    let (lo, hi) = if log2 == 0 { (gpr[0] & 0xff, gpr[0] >> 8 & 0xff) } else { (gpr[0] & mask, gpr[2] & mask) };
-    let n = u128::from(hi) << bits | u128::from(lo);
-    let d = divisor & mask;
-    if d == 0 {
-        return Err(env.fault(Vector::DivideError));
-    }
-    let (q, r, fits) = if signed {
-        let n = (n << (128 - 2 * bits)) as i128 >> (128 - 2 * bits);
-        let d = i128::from((d << (64 - bits)) as i64 >> (64 - bits));
-        let (q, r) = (n.wrapping_div(d), n.wrapping_rem(d));
-        let limit = 1i128 << (bits - 1);
-        (q as u64, r as u64, (-limit..limit).contains(&q))
-    } else {
-        let (q, r) = (n / u128::from(d), n % u128::from(d));
-        (q as u64, r as u64, q <= u128::from(mask))
-    };
-    if !fits {
-        return Err(env.fault(Vector::DivideError));
-    }
-    let gpr = &mut env.state.gpr;
-    match log2 {
-        0 => gpr[0] = gpr[0] & !0xffff | q & 0xff | (r & 0xff) << 8,
-        1 => {
-            gpr[0] = gpr[0] & !0xffff | q & 0xffff;
-            gpr[2] = gpr[2] & !0xffff | r & 0xffff;
-        }
-        _ => {
-            gpr[0] = q & mask;
-            gpr[2] = r & mask;
-        }
-    }
-    Ok(0)
 }
 
 fn rotate_carry(env: &mut TestEnv, value: u64, count: u64, how: u64) -> u64 {

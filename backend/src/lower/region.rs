@@ -10,6 +10,7 @@
 
 mod mem;
 mod slots;
+mod wide;
 mod windows;
 
 use std::collections::HashMap;
@@ -166,6 +167,9 @@ struct RegionLowering<'a> {
     /// What each op of the block has to do with windows, and the addend of each window, 0 where it is none.
     roles: Vec<Role>,
     windows: HashMap<usize, Clif>,
+    /// What of the block is computed together, and what of it has been.
+    fused: HashMap<usize, wide::Fused>,
+    done: Vec<usize>,
     /// Flags of accesses to guest memory and to the softmmu tables.
     guest: MemFlagsData,
     tlb: MemFlagsData,
@@ -218,6 +222,8 @@ pub(crate) fn lower_region(
         at: 0,
         roles: Vec::new(),
         windows: HashMap::new(),
+        fused: HashMap::new(),
+        done: Vec::new(),
         guest: unaligned.with_alias_region(of_guest),
         tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
     };
@@ -306,6 +312,8 @@ impl RegionLowering<'_> {
         self.l.block = b;
         self.roles = windows::plan(b);
         self.windows.clear();
+        self.fused = wide::plan(b);
+        self.done.clear();
         for list in [&mut self.l.buf.values, &mut self.l.buf.wide] {
             list.clear();
             list.resize(b.ops.len(), None);
@@ -357,6 +365,9 @@ impl RegionLowering<'_> {
     }
 
     fn op(&mut self, i: usize, op: &Op) -> Result<(), CompileError> {
+        if self.done.contains(&i) || self.fuse(i)? {
+            return Ok(());
+        }
         match *op {
             Op::Get { ty, loc } => {
                 let v = self.get(ty, loc);

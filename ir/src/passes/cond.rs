@@ -143,6 +143,15 @@ impl<'a, 'f> Flags<'a, 'f> {
                 _ => {}
             }
         }
+        if self.kind == CcKind::Sbb
+            && let Op::Bin { op: BinOp::Sub, a: first, b: carry, .. } = self.f.out[d.index()]
+            && let Op::Bin { op: BinOp::Sub, ty, a, b } = self.f.out[first.index()]
+            && ty == Ty::I64
+            && b == s
+            && carry == self.f.get(Ty::I64, Loc::CC_SRC2)
+        {
+            return a;
+        }
         let carry = matches!(self.kind, CcKind::Adc | CcKind::Sbb).then(|| self.carry_in());
         let op = if matches!(self.kind, CcKind::Add | CcKind::Adc) { BinOp::Sub } else { BinOp::Add };
         let a = self.bin(op, d, s);

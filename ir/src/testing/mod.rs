@@ -69,6 +69,8 @@ pub fn pure_helper(helper: Helper, [a, b, c, _]: [u64; 4]) -> u64 {
             }
             crc.into()
         }
+        Helper::DivideWide if b < c => ((u128::from(b) << 64 | u128::from(a)) / u128::from(c)) as u64,
+        Helper::DivideWide => a,
         Helper::Pdep | Helper::Pext => {
             let (mut r, mut k) = (0, 0);
             for i in (0..64).filter(|i| b >> i & 1 != 0) {

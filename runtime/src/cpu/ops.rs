@@ -52,68 +52,13 @@ fn put(v: &mut Vcpu, reg: usize, log2: u64, value: u64) {
 
 // ---- division ---------------------------------------------------------------------------------------------------------
 
-/// DIV.
-pub fn div(v: &mut Vcpu, divisor: u64, log2: u64) -> Helped {
-    let (a, d) = (v.state.gpr[RAX], v.state.gpr[RDX]);
-    let divisor = truncate(divisor, log2);
-    if divisor == 0 {
-        return Err(DE);
+/// The quotient of 128 bits, `high` and `low`, if it has no more than 64; else `low`.
+#[must_use]
+pub fn divide_wide(low: u64, high: u64, divisor: u64) -> u64 {
+    if high >= divisor {
+        return low;
     }
-    let (quotient, remainder) = match log2 {
-        0 => ((a & 0xffff) / divisor, (a & 0xffff) % divisor),
-        1 | 2 => {
-            let bits = 8 << log2;
-            let n = truncate(d, log2) << bits | truncate(a, log2);
-            (n / divisor, n % divisor)
-        }
-        _ if d == 0 => (a / divisor, a % divisor),
-        _ if d >= divisor => return Err(DE),
-        _ => {
-            let n = u128::from(d) << 64 | u128::from(a);
-            let divisor = u128::from(divisor);
-            ((n / divisor) as u64, (n % divisor) as u64)
-        }
-    };
-    if truncate(quotient, log2) != quotient {
-        return Err(DE);
-    }
-    put_quotient(v, log2, quotient, remainder);
-    Ok(0)
-}
-
-/// IDIV.
-pub fn idiv(v: &mut Vcpu, divisor: u64, log2: u64) -> Helped {
-    let (a, d) = (v.state.gpr[RAX], v.state.gpr[RDX]);
-    let (n, divisor) = match log2 {
-        0 => (i128::from(a as i16), i128::from(divisor as i8)),
-        1 => (i128::from((d << 16 | a & 0xffff) as i32), i128::from(divisor as i16)),
-        2 => (i128::from((d << 32 | a & 0xffff_ffff) as i64), i128::from(divisor as i32)),
-        _ => ((i128::from(d as i64) << 64) | i128::from(a), i128::from(divisor as i64)),
-    };
-    // Most quotients of 64 bits fit a machine division.
-    let (quotient, remainder) = match (i64::try_from(n), divisor as i64) {
-        (_, 0) => return Err(DE),
-        (Ok(n), divisor) if divisor != -1 => (i128::from(n / divisor), n % divisor),
-        _ => {
-            let quotient = n.checked_div(divisor).ok_or(DE)?;
-            (quotient, n.checked_rem(divisor).ok_or(DE)? as i64)
-        }
-    };
-    let half = 1i128 << ((8 << log2.min(3)) - 1);
-    if quotient < -half || quotient >= half {
-        return Err(DE);
-    }
-    put_quotient(v, log2, quotient as u64, remainder as u64);
-    Ok(0)
-}
-
-fn put_quotient(v: &mut Vcpu, log2: u64, quotient: u64, remainder: u64) {
-    if log2 == 0 {
-        put(v, RAX, 1, quotient & 0xff | (remainder & 0xff) << 8);
-    } else {
-        put(v, RAX, log2, quotient);
-        put(v, RDX, log2, remainder);
-    }
+    ((u128::from(high) << 64 | u128::from(low)) / u128::from(divisor)) as u64
 }
 
 // ---- rotates through carry, BCD ---------------------------------------------------------------------------------------

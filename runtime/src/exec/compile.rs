@@ -255,7 +255,7 @@ fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<D
                 compiler.annotate(annotate);
                 let compiled = compiler.compile_counted(&block, job.root.counter);
                 if let (true, Ok(compiled)) = (annotate, &compiled) {
-                    text += &listing(&job.root, &[], job.flags, &[block], compiled);
+                    text += &listing(&job.root, None, job.flags, &[block], compiled);
                 }
                 compiled
             }
@@ -301,7 +301,7 @@ fn compile_region(
     regions.annotate(annotate);
     let compiled = regions.compile(&blocks, job.guard, Some(&counters))?;
     if annotate {
-        *text += &listing(&job.root, others, job.flags, &blocks, &compiled);
+        *text += &listing(&job.root, Some(others), job.flags, &blocks, &compiled);
     }
     Ok(compiled)
 }
@@ -429,7 +429,7 @@ pub(super) fn show_cached(vcpu: &mut Vcpu, id: TbId, compiled: &CompiledTb) {
     vcpu.jit.passes.run(&mut block, &PassOptions::HOST);
     let tb = vcpu.jit.tbs.get(id);
     let (rip, entry) = (tb.rip, tb.code.as_ref().map(|c| c.entry));
-    let text = listing(&piece, &[], flags, &[block], compiled);
+    let text = listing(&piece, None, flags, &[block], compiled);
     show(vcpu, rip, entry, &format!("from the code cache: what is for which instruction is not kept there\n{text}"));
 }
 

@@ -18,7 +18,8 @@ type Insn = (u16, u16);
 
 struct Listing<'a> {
     root: &'a Piece,
-    others: &'a [Piece],
+    /// The other blocks of a region.
+    others: Option<&'a [Piece]>,
     flags: TbFlags,
     blocks: &'a [Block],
     /// Instructions with host code of their own, and those that have been shown.
@@ -30,7 +31,13 @@ struct Listing<'a> {
 }
 
 /// The text: `blocks` are what was compiled of the root and, in a region, the others.
-pub fn listing(root: &Piece, others: &[Piece], flags: TbFlags, blocks: &[Block], compiled: &CompiledTb) -> String {
+pub fn listing(
+    root: &Piece,
+    others: Option<&[Piece]>,
+    flags: TbFlags,
+    blocks: &[Block],
+    compiled: &CompiledTb,
+) -> String {
     let pieces = compiled.pieces();
     let coded = pieces.iter().filter(|p| own(p.role)).map(|p| p.insn).collect();
     let mut l = Listing { root, others, flags, blocks, coded, shown: HashSet::new(), last: None, out: String::new() };
@@ -61,7 +68,7 @@ impl Listing<'_> {
         let ops = self.blocks.iter().flat_map(|b| &b.ops).filter(|op| **op != Op::Nop).count();
         let host: usize = pieces.iter().map(|p| p.code.len()).sum();
         let bytes: usize = pieces.iter().flat_map(|p| &p.code).map(|i| i.bytes.len()).sum();
-        let tier = if self.others.is_empty() { "quick tier" } else { "region" };
+        let tier = if self.others.is_none() { "quick tier" } else { "region" };
         let blocks = if self.blocks.len() == 1 { String::new() } else { format!("{} blocks, ", self.blocks.len()) };
         line!(
             self,
@@ -159,7 +166,7 @@ impl Listing<'_> {
         let insn = self.blocks.get(usize::from(at.0)).and_then(|b| b.insns.get(usize::from(at.1)));
         let Some(insn) = insn else { return String::from("?") };
         let (place, len) = (insn.place(), usize::from(insn.len));
-        let pieces = std::iter::once(self.root).chain(self.others);
+        let pieces = std::iter::once(self.root).chain(self.others.unwrap_or_default());
         let bytes = pieces.filter_map(|p| p.guest_bytes(place, len)).next().unwrap_or_default();
         let text = twofold_frontend::disassemble(self.flags, self.root.rip_of(place), bytes);
         text.lines().next().unwrap_or("?").to_owned()

@@ -64,12 +64,13 @@ impl RegionLowering<'_> {
         let last = i64::from(info.checked_bytes()) - 1;
         let aligned = flags.has(MemFlags::ALIGNED);
         let (from, last) = match role {
-            Role::First(_, from, end) => (self.l.cur.ins().iadd_imm_s(addr, from), end - 1),
+            Role::First(_, from, end, _) => (self.l.cur.ins().iadd_imm_s(addr, from), end - 1),
             _ => (addr, last),
         };
         let page = if aligned || last == 0 { addr } else { self.l.cur.ins().iadd_imm_s(addr, last) };
         let page = self.l.cur.ins().band_imm_s(page, -4096 | if aligned { last } else { 0 });
-        let write = kind != AccessKind::Load || flags.has(MemFlags::WRITE_INTENT);
+        let write =
+            kind != AccessKind::Load || flags.has(MemFlags::WRITE_INTENT) || matches!(role, Role::First(_, _, _, true));
         let field = if write { layout::TLB_WRITE } else { layout::TLB_READ };
         let tag = self.l.cur.ins().load(types::I64, self.tlb, entry, field);
         let miss = if let Role::First(..) = role {

@@ -2,11 +2,12 @@
 //!
 //! Part of region lowering. The first access of a window probes, and checks that the whole window lies in its page; the others
 //! use the host address found, after one test. What a helper does ends all windows. (A slow access does not: what it may
-//! change of the TLB leaves a page that has been found where it was.)
+//! change of the TLB leaves a page that has been found where it was.) A window that a load opens is probed for writing when a store
+//! is certain to follow.
 
 use std::collections::HashMap;
 
-use twofold_ir::{BinOp, Block, MemFlags, Op, Ty, Value};
+use twofold_ir::{BinOp, Block, Exit, MemFlags, Op, Ty, Value};
 
 /// The most bytes of a window.
 const SPAN: i64 = 256;
@@ -16,8 +17,8 @@ const SPAN: i64 = 256;
 pub(super) enum Role {
     /// It probes for itself.
     Alone,
-    /// It opens this window: the first byte and the byte after the last, relative to its own address.
-    First(usize, i64, i64),
+    /// It opens this window: the first byte and the byte after the last, relative to its own address; whether some are written.
+    First(usize, i64, i64, bool),
     /// It uses this window.
     Member(usize),
 }
@@ -29,6 +30,7 @@ struct Window {
     at: i64,
     min: i64,
     end: i64,
+    write: bool,
     members: Vec<usize>,
 }
 
@@ -51,11 +53,18 @@ pub(super) fn plan(block: &Block) -> Vec<Role> {
     let mut windows: Vec<Window> = Vec::new();
     // The open windows by base and whether they are for writes too.
     let mut open: HashMap<(Base, bool), usize> = HashMap::new();
+    // The last way out that is not an exception.
+    let mut way_out = 0;
     for (i, op) in block.ops.iter().enumerate() {
         places.push(place(i, op, &places, &mut sums));
         let (ty, flags, addr, store) = match *op {
             Op::Load { ty, flags, addr } => (ty, flags, addr, false),
             Op::Store { ty, flags, addr, .. } => (ty, flags, addr, true),
+            Op::ExitIf { exit, .. } => {
+                let raises = block.exits.get(exit as usize).is_some_and(|s| matches!(s.exit, Exit::Raise { .. }));
+                way_out = if raises { way_out } else { i };
+                continue;
+            }
             Op::Call { helper, .. } if !helper.info().keeps_state() => {
                 open.clear();
                 continue;
@@ -73,21 +82,27 @@ pub(super) fn plan(block: &Block) -> Vec<Role> {
             w.end.max(end).saturating_sub(w.min.min(at)) <= SPAN
         };
         let for_writes = open.get(&(base, true)).filter(fits);
-        let found = for_writes.or_else(|| open.get(&(base, false)).filter(|_| !write).filter(fits)).copied();
+        let read = open.get(&(base, false)).filter(|n| !write || windows[**n].first > way_out).filter(fits);
+        let found = for_writes.or(read).copied();
         match found {
             Some(n) => {
                 let w = &mut windows[n];
                 (w.min, w.end) = (w.min.min(at), w.end.max(end));
                 w.members.push(i);
+                if write && !w.write {
+                    w.write = true;
+                    open.remove(&(base, false));
+                    open.insert((base, true), n);
+                }
             }
             None => {
                 open.insert((base, write), windows.len());
-                windows.push(Window { first: i, at, min: at, end, members: Vec::new() });
+                windows.push(Window { first: i, at, min: at, end, write, members: Vec::new() });
             }
         }
     }
     for (n, w) in windows.iter().enumerate().filter(|(_, w)| !w.members.is_empty()) {
-        roles[w.first] = Role::First(n, w.min - w.at, w.end - w.at);
+        roles[w.first] = Role::First(n, w.min - w.at, w.end - w.at, w.write);
         w.members.iter().for_each(|&m| roles[m] = Role::Member(n));
     }
     roles

@@ -6,46 +6,66 @@ use twofold_ir::Helper;
 use super::*;
 use crate::cpu::{call_helper, ops};
 
+/// RAX and RDX after a division by RBX, or `None` when it raised #DE.
+fn divided(code: &[u8], rax: u64, rdx: u64, rbx: u64) -> Option<(u64, u64)> {
+    let mut v = long_mode();
+    (v.state.gpr[0], v.state.gpr[2], v.state.gpr[3], v.state.rip) = (rax, rdx, rbx, 0x6000);
+    // HLT ends it.
+    poke(&v, 0x6000, &[code, &[0xf4]].concat());
+    super::super::refresh_space(&mut v);
+    crate::exec::dispatch::step(&mut v).unwrap();
+    if v.state.rip == HANDLERS {
+        assert_eq!((v.state.gpr[0], v.state.gpr[2]), (rax, rdx), "a fault changes nothing");
+        return None;
+    }
+    assert_eq!(v.state.rip, 0x6001 + code.len() as u64);
+    Some((v.state.gpr[0], v.state.gpr[2]))
+}
+
+const DIV8: &[u8] = &[0xf6, 0xf3];
+const DIV32: &[u8] = &[0xf7, 0xf3];
+const DIV64: &[u8] = &[0x48, 0xf7, 0xf3];
+const IDIV8: &[u8] = &[0xf6, 0xfb];
+const IDIV32: &[u8] = &[0xf7, 0xfb];
+const IDIV64: &[u8] = &[0x48, 0xf7, 0xfb];
+
 #[test]
 fn division_and_its_limits() {
-    let mut v = vcpu();
-    (v.state.gpr[0], v.state.gpr[2]) = (100, 0);
-    ops::div(&mut v, 7, 3).unwrap();
-    assert_eq!((v.state.gpr[0], v.state.gpr[2]), (14, 2));
-    assert_eq!(exception(ops::div(&mut v, 0, 3)), Exception::DE);
+    assert_eq!(divided(DIV64, 100, 0, 7), Some((14, 2)));
+    assert_eq!(divided(DIV64, 100, 0, 0), None);
     // Quotient too large.
-    (v.state.gpr[0], v.state.gpr[2]) = (0, 7);
-    assert_eq!(exception(ops::div(&mut v, 7, 3)), Exception::DE);
-    (v.state.gpr[0], v.state.gpr[2]) = (5, 6);
-    ops::div(&mut v, 7, 3).unwrap();
-    assert_eq!(u128::from(v.state.gpr[0]) * 7 + u128::from(v.state.gpr[2]), (6u128 << 64) + 5);
-    v.state.gpr[0] = 0x1234_0205;
-    ops::div(&mut v, 0x10, 0).unwrap();
-    assert_eq!(v.state.gpr[0], 0x1234_0520);
+    assert_eq!(divided(DIV64, 0, 7, 7), None);
+    assert_eq!(divided(DIV64, u64::MAX, 6, 7), Some((u64::MAX, 6)));
+    let (q, r) = divided(DIV64, 5, 6, 7).expect("fits");
+    assert_eq!(u128::from(q) * 7 + u128::from(r), (6u128 << 64) + 5);
+    assert_eq!(divided(DIV8, 0x1234_0205, 3, 0x10), Some((0x1234_0520, 3)));
+    assert_eq!(divided(DIV8, 0x1000, 3, 0x10), None);
     // 32-bit results clear the upper halves.
-    (v.state.gpr[0], v.state.gpr[2]) = (u64::MAX, 0xffff_ffff_0000_0000);
-    ops::div(&mut v, 2, 2).unwrap();
-    assert_eq!((v.state.gpr[0], v.state.gpr[2]), (0x7fff_ffff, 1));
+    assert_eq!(divided(DIV32, u64::MAX, 0xffff_ffff_0000_0000, 2), Some((0x7fff_ffff, 1)));
+    assert_eq!(divided(DIV32, 0, 2, 0xffff_ffff_0000_0002), None);
+    assert_eq!(ops::divide_wide(9, 0, 0), 9, "what would trap gives the low half");
 }
 
 #[test]
 fn signed_division_and_its_limits() {
-    let mut v = vcpu();
-    (v.state.gpr[0], v.state.gpr[2]) = (-7i64 as u64, u64::MAX);
-    ops::idiv(&mut v, 2, 3).unwrap();
-    assert_eq!((v.state.gpr[0] as i64, v.state.gpr[2] as i64), (-3, -1));
+    let minus = |n: i64| n.wrapping_neg() as u64;
+    assert_eq!(divided(IDIV64, minus(7), u64::MAX, 2), Some((minus(3), minus(1))));
+    assert_eq!(divided(IDIV64, 7, 0, minus(2)), Some((minus(3), 1)));
+    assert_eq!(divided(IDIV64, minus(7), u64::MAX, minus(2)), Some((3, minus(1))));
+    assert_eq!(divided(IDIV64, 0, 0, minus(2)), Some((0, 0)));
+    // -2^64 / 2 is the least that fits, and 2^64 / 2 does not.
+    assert_eq!(divided(IDIV64, 0, u64::MAX, 2), Some((1 << 63, 0)));
+    assert_eq!(divided(IDIV64, 0, 1, 2), None);
+    assert_eq!(divided(IDIV64, 0, 1, minus(2)), Some((1 << 63, 0)));
+    assert_eq!(divided(IDIV64, u64::MAX, 0, 2), Some((u64::MAX >> 1, 1)));
+    assert_eq!(divided(IDIV64, 5, 0, 0), None);
     // MIN / -1 at each width.
-    (v.state.gpr[0], v.state.gpr[2]) = (1 << 63, u64::MAX);
-    assert_eq!(exception(ops::idiv(&mut v, u64::MAX, 3)), Exception::DE);
-    (v.state.gpr[0], v.state.gpr[2]) = (0x8000_0000, 0xffff_ffff);
-    assert_eq!(exception(ops::idiv(&mut v, u64::MAX, 2)), Exception::DE);
-    (v.state.gpr[0], v.state.gpr[2]) = (0, 1 << 63);
-    assert_eq!(exception(ops::idiv(&mut v, u64::MAX, 3)), Exception::DE);
-    v.state.gpr[0] = 0xff80;
-    ops::idiv(&mut v, 0xff, 0).expect_err("128 does not fit");
-    v.state.gpr[0] = 0xff81;
-    ops::idiv(&mut v, 0xff, 0).unwrap();
-    assert_eq!(v.state.gpr[0] & 0xffff, 0x007f);
+    assert_eq!(divided(IDIV64, 1 << 63, u64::MAX, u64::MAX), None);
+    assert_eq!(divided(IDIV32, 0x8000_0000, 0xffff_ffff, u64::MAX), None);
+    assert_eq!(divided(IDIV64, 0, 1 << 63, u64::MAX), None);
+    assert_eq!(divided(IDIV64, 0, 1 << 63, 1 << 63), None);
+    assert_eq!(divided(IDIV8, 0xff80, 0, 0xff), None, "128 does not fit");
+    assert_eq!(divided(IDIV8, 0xff81, 0, 0xff), Some((0x007f, 0)));
 }
 
 #[test]
@@ -229,7 +249,7 @@ fn thunks_record_what_was_raised() {
     let mut v = vcpu();
     let state: *mut CpuState = &mut *v.state;
     assert_eq!(crate::cpu::HELPERS.len(), Helper::ALL.len());
-    let call = crate::cpu::table::call_thunk(Helper::Div, state, [0, 3, 0, 0]);
+    let call = crate::cpu::table::call_thunk(Helper::Bcd, state, [4, 0, 0, 0]);
     assert_eq!(call, 0);
     assert_eq!((v.state.fault.pending, v.state.fault.vector, v.state.fault.has_error), (1, 0, 0));
     v.state.fault.pending = 0;
