@@ -87,7 +87,8 @@ fn popf(t: &mut Translator<'_>, ty: Ty) {
     let size = t.c64(u64::from(ty.log2_bytes()));
     t.call(Helper::Popf, &[v, size]);
     t.put_sp(sp);
-    t.end_dispatch();
+    // What the dispatcher would have to see, the helper has it look at.
+    t.end(t.direct_exit(t.next), true);
 }
 
 fn cli(t: &mut Translator<'_>) {
@@ -98,8 +99,14 @@ fn cli(t: &mut Translator<'_>) {
 }
 
 fn sti(t: &mut Translator<'_>) {
-    t.call(Helper::Sti, &[]);
-    t.end_dispatch();
+    let covers_next = t.next_is_plain();
+    let told = t.c64(covers_next.into());
+    t.call(Helper::Sti, &[told]);
+    if covers_next {
+        t.end_after_next();
+    } else {
+        t.end_dispatch();
+    }
 }
 
 fn set_ac(t: &mut Translator<'_>, set: u64) {

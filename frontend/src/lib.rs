@@ -75,6 +75,7 @@ pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
     let max_insns = if one_insn { 1 } else { req.max_insns.max(1) };
     let mut decoder = Decoder::with_ip(bitness, page, u64::from(req.off), DecoderOptions::NONE);
     let mut t = Translator::new(req.flags, req.features, page, req.off);
+    let mut last = false;
     loop {
         let start = decoder.position();
         let off = req.off + start as u16;
@@ -91,7 +92,11 @@ pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
         if let Some(block) = t.take_finished() {
             return Ok(block);
         }
-        if t.next >= 4096 || t.b.insn_count() >= max_insns || t.b.len() >= OPS_HEADROOM {
+        if std::mem::take(&mut t.one_more) {
+            last = true;
+            continue;
+        }
+        if last || t.next >= 4096 || t.b.insn_count() >= max_insns || t.b.len() >= OPS_HEADROOM {
             let exit = t.direct_exit(t.next);
             return Ok(t.finish(exit));
         }

@@ -38,7 +38,7 @@ pub(crate) const ROWS: &[Row] = &[
     Row::all(Mnemonic::Xgetbv, |t| plain(t, Helper::Xgetbv)).feature(Feature::Xsave),
     Row::all(Mnemonic::Xsetbv, |t| then_dispatch(t, Helper::Xsetbv)).feature(Feature::Xsave),
     Row::all(Mnemonic::Rdpkru, |t| plain(t, Helper::Rdpkru)).feature(Feature::Pku),
-    Row::all(Mnemonic::Wrpkru, |t| then_dispatch(t, Helper::Wrpkru)).feature(Feature::Pku),
+    Row::all(Mnemonic::Wrpkru, |t| plain(t, Helper::Wrpkru)).feature(Feature::Pku),
     Row::all(Mnemonic::Rdrand, |t| random(t, Helper::Rdrand)).feature(Feature::Rdrand),
     Row::all(Mnemonic::Rdseed, |t| random(t, Helper::Rdseed)).feature(Feature::Rdseed),
     Row::all(Mnemonic::Invlpg, invlpg).need(Need::CPL0),

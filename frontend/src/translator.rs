@@ -3,7 +3,7 @@
 //! Place: every emitter gets a `&mut Translator`. Memory operands and the stack are in [`crate::address`]. Invariant the
 //! emitters keep: in one instruction every op that can fault comes before the first `Put` (write_gpr, set_cc, push…).
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use twofold_arch::cpuid::{Feature, Features};
 use twofold_arch::{CodeSize, CondCode, Exception, Loc, TbFlags};
 use twofold_ir::{BinOp, Block, Builder, Exit, Helper, IndirectKind, MemFlags, Ty, Value};
@@ -52,6 +52,8 @@ pub struct Translator<'a> {
     /// Index of the current instruction in `bytes`.
     start: usize,
     end: Option<(Exit, bool)>,
+    /// The block ends after the instruction behind this one.
+    pub(crate) one_more: bool,
     /// Where the x87 registers are here, if that is known.
     pub(crate) x87: Option<X87Place>,
 }
@@ -80,6 +82,7 @@ impl<'a> Translator<'a> {
             bytes,
             start: 0,
             end: None,
+            one_more: false,
             x87: None,
         }
     }
@@ -317,6 +320,25 @@ impl<'a> Translator<'a> {
     /// Ends the block after this instruction, to the dispatcher: state changed that the key or event delivery depends on.
     pub fn end_dispatch(&mut self) {
         self.end(Exit::Dispatch { off: self.next }, true);
+    }
+    /// Ends the block after the next instruction, which is one for which [`Self::next_is_plain`].
+    pub fn end_after_next(&mut self) {
+        self.one_more = true;
+    }
+    /// Whether the next instruction can be in this block and goes on to the one behind it; not if it is another STI.
+    #[must_use]
+    pub fn next_is_plain(&self) -> bool {
+        if self.single() || self.next >= 4096 {
+            return false;
+        }
+        let bytes = &self.bytes[(self.start + self.insn.len()).min(self.bytes.len())..];
+        let bitness = match self.flags.size() {
+            CodeSize::Bits16 => 16,
+            CodeSize::Bits32 => 32,
+            CodeSize::Bits64 => 64,
+        };
+        let next = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode();
+        next.flow_control() == FlowControl::Next && next.mnemonic() != Mnemonic::Sti
     }
     /// Ends the block: a helper has set `state.rip`.
     pub fn end_helped(&mut self) {

@@ -111,8 +111,8 @@ helpers! {
     Pushf "pushf" (1) faults;
     /// CLI.
     Cli "cli" (0) faults;
-    /// STI; the shadow begins when it set IF.
-    Sti "sti" (0) faults;
+    /// (whether the next instruction is in the same block and its last): STI. When it set IF, that instruction is in its shadow.
+    Sti "sti" (1) faults;
     /// HLT.
     Hlt "hlt" (0) faults;
     /// PAUSE: a hint.

@@ -446,8 +446,24 @@ pub fn popf(v: &mut Vcpu, value: u64, log2: u64) -> Helped {
             mask |= rflags::AC | rflags::ID;
         }
     }
+    let old = s.rflags_sys;
     merge_flags(s, image, mask);
+    let changed = old ^ s.rflags_sys;
+    if changed & (rflags::TF | rflags::AC | rflags::VIF) != 0 {
+        s.attention.store(-1, Ordering::Relaxed);
+    }
+    if changed & s.rflags_sys & rflags::IF != 0 {
+        interrupts_enabled(v);
+    }
     Ok(0)
+}
+
+/// RFLAGS.IF was set in the middle of translated code: the next block does not begin before the dispatcher has seen what that lets
+/// happen.
+fn interrupts_enabled(v: &mut Vcpu) {
+    if v.vmx.non_root || v.shared.is_due(v.index) {
+        v.state.attention.store(-1, Ordering::Relaxed);
+    }
 }
 
 /// PUSHF: the image to push.
@@ -480,17 +496,26 @@ pub fn cli(v: &mut Vcpu) -> Helped {
     Ok(0)
 }
 
-/// STI: the next instruction still runs with interrupts held off.
-pub fn sti(v: &mut Vcpu) -> Helped {
+/// STI: the next instruction still runs with interrupts held off. `covers_next`: it is the last of the same block, so that they
+/// are whatever this does.
+pub fn sti(v: &mut Vcpu, covers_next: bool) -> Helped {
     let flag = interrupt_flag(v)?;
     let s = &mut v.state;
     if flag == rflags::VIF && s.rflags_sys & rflags::VIP != 0 {
         return Err(GP0);
     }
-    if flag == rflags::IF && s.rflags_sys & rflags::IF == 0 {
+    let begins = flag == rflags::IF && s.rflags_sys & rflags::IF == 0;
+    s.rflags_sys |= flag;
+    if flag == rflags::VIF {
+        s.attention.store(-1, Ordering::Relaxed);
+    }
+    if begins && covers_next {
+        // For a VM exit of that instruction.
+        v.vmx.shadow |= 1;
+        interrupts_enabled(v);
+    } else if begins {
         s.shadow |= 1;
     }
-    s.rflags_sys |= flag;
     Ok(0)
 }
 

@@ -59,7 +59,7 @@ table! { v, a, b, c, d;
     Popf => ops::popf(v, a, b),
     Pushf => ops::pushf(v, a),
     Cli => ops::cli(v),
-    Sti => ops::sti(v),
+    Sti => ops::sti(v, a != 0),
     Hlt => ops::hlt(v),
     Pause => ops::pause(v),
     SoftInt => interrupt::soft_int(v, a as u8, b, c),

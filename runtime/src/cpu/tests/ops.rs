@@ -177,7 +177,7 @@ fn popf_changes_what_the_privilege_allows() {
     // CLI and STI follow IOPL.
     assert_gp(ops::cli(&mut v), 0);
     v.state.rflags_sys |= rflags::IOPL;
-    ops::sti(&mut v).unwrap();
+    ops::sti(&mut v, false).unwrap();
     assert_ne!(v.state.rflags_sys & rflags::IF, 0);
     assert_eq!(v.state.shadow, 1);
 }
