@@ -13,7 +13,7 @@ pub(crate) struct Thunk(u16);
 
 /// Log2 sizes × {load, store} of one (mode, stack, full) group of probing thunks.
 const PROBES_PER_GROUP: u16 = 10;
-const FIRST_PROBE: u16 = 37;
+const FIRST_PROBE: u16 = 38;
 /// How many there are.
 pub(crate) const THUNKS: u16 = FIRST_PROBE + 3 * 2 * 2 * PROBES_PER_GROUP;
 
@@ -79,6 +79,8 @@ impl Thunk {
     pub const fn x87_ready(full: bool) -> Self {
         Self(35 + full as u16)
     }
+    /// RAX = RSI + RDX: for a sum in cold code, which Cranelift would otherwise compute on the hot way and keep.
+    pub const SUM: Thunk = Thunk(37);
     /// Probe and access; RSI: address, RDX or XMM0: what to store; the result in RAX or XMM0. RAX, RDX and for a store RCX
     /// are clobbered. `None` for accesses that no thunk does.
     pub const fn probe(info: MemInfo, full: bool) -> Option<Self> {
@@ -142,6 +144,7 @@ impl Thunk {
             "slot_far64",
             "x87_ready",
             "x87_ready_full",
+            "sum",
         ];
         let i = self.0;
         if let Some(name) = FIXED.get(i as usize) {

@@ -374,7 +374,11 @@ global_asm!(
     "mov eax, {r_fault}",
     "ret",
     //
-    // 37: probe and access, by mode, stack flag, full, and size.
+    // 37: sum.
+    "tf_thunk",
+    "lea rax, [rsi + rdx]",
+    "ret",
+    // 38: probe and access, by mode, stack flag, full, and size.
     ".macro tf_entry mode",
     "mov rax, rsi",
     "shr rax, {tlb_shift}",

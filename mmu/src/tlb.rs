@@ -16,11 +16,14 @@ use crate::rights::Permitted;
 use crate::space::AccessKind;
 
 /// One entry, as the probe reads it. A tag matches when it equals the linear page of the access's last byte.
+///
+/// A tag is always the address of a page: one that must not match is that of a page whose entry is elsewhere, whatever the table's
+/// size. So an access of n bytes hits exactly when its address minus the tag is at most 4096 - n, unsigned, too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct TlbEntry {
-    /// Tag for data reads. An entry in use has its linear page here whatever may be done there, with low bits that say what
-    /// is in the way.
+    /// Tag for data reads. An entry in use has its linear page here whatever may be done there, by exclusive or with what is
+    /// in the way.
     pub read: u64,
     /// Tag for data writes.
     pub write: u64,
@@ -30,21 +33,30 @@ pub struct TlbEntry {
     pub addend: u64,
 }
 
-impl TlbEntry {
-    /// An entry that matches nothing.
-    pub const INVALID: Self = Self { read: u64::MAX, write: u64::MAX, page: u64::MAX, addend: 0 };
-}
-
-/// Low bits of a tag, above those that the probe of an aligned access looks at: the translation is good, but the access must
-/// take the slow path because the page is no memory that may be accessed directly (a device, nothing, or for writes ROM).
-pub(crate) const SLOW_IO: u64 = 1 << 10;
+/// In a tag: the translation is good, but the access must take the slow path because the page is no memory that may be accessed
+/// directly (a device, nothing, or for writes ROM).
+pub(crate) const SLOW_IO: u64 = 1 << 18;
 /// As above: the page holds translated code (write tags only).
-pub(crate) const SLOW_CODE: u64 = 1 << 11;
+pub(crate) const SLOW_CODE: u64 = 1 << 19;
 const SLOW: u64 = SLOW_IO | SLOW_CODE;
-/// Such a bit of a read tag: reading is not permitted, or not known to be.
-const NO_READ: u64 = 1 << 9;
-/// Alignments up to 64 bytes are asked for.
-const _: () = assert!((SLOW | NO_READ) & (PAGE_MASK | 63) == 0);
+/// In a tag: the access is not permitted, or not known to be.
+const DENIED: u64 = 1 << 20;
+const REASONS: u64 = SLOW | DENIED;
+// They are bits of the index, and none makes a page of its neighbour.
+const _: () = assert!(REASONS >> PAGE_SHIFT < MIN_ENTRIES as u64 && SLOW_IO > 1 << PAGE_SHIFT);
+
+impl TlbEntry {
+    /// Entry `i` when it matches nothing. Memory not yet written says so too: its tags are of page 0, whose entry is the first.
+    const fn absent(i: usize) -> Self {
+        let tag = if i == 0 { DENIED } else { 0 };
+        Self { read: tag, write: tag, page: 0, addend: 0 }
+    }
+
+    /// The linear page of entry `i`, if it is in use.
+    const fn linear(&self, i: usize) -> u64 {
+        self.read & !REASONS | (i as u64) << PAGE_SHIFT & REASONS
+    }
+}
 
 /// In the low bits of [`TlbEntry::page`]: fetches are permitted.
 const EXEC: u64 = 1;
@@ -52,6 +64,8 @@ const EXEC: u64 = 1;
 const GLOBAL: u64 = 2;
 /// Fetches find no memory.
 const EXEC_IO: u64 = 4;
+/// The entry is in use.
+const USED: u64 = 8;
 
 const ENTRY: usize = size_of::<TlbEntry>();
 const _: () = assert!(ENTRY == 32);
@@ -120,8 +134,7 @@ impl Table {
             live: 0,
             conflicts: 0,
         };
-        // Memory not yet written holds tags of page 0, for which only the first entry is looked at.
-        t.entries.set(0, TlbEntry::INVALID);
+        t.entries.set(0, TlbEntry::absent(0));
         Ok(t)
     }
 
@@ -143,11 +156,11 @@ impl Table {
             AccessKind::Read => e.read ^ page,
             AccessKind::Write => e.write ^ page,
             AccessKind::Fetch if e.page & EXEC != 0 => {
-                ((e.read ^ page) & !(NO_READ | SLOW)) | ((e.page & EXEC_IO) / EXEC_IO * SLOW_IO)
+                ((e.read ^ page) & !REASONS) | ((e.page & EXEC_IO) / EXEC_IO * SLOW_IO)
             }
             AccessKind::Fetch => return None,
         };
-        if slow & !SLOW != 0 {
+        if slow & !SLOW != 0 || e.page & USED == 0 {
             return None;
         }
         Some(Hit { page: PhysAddr(e.page & PAGE_MASK), slow, addend: e.addend, global: e.page & GLOBAL != 0 })
@@ -244,9 +257,9 @@ impl Table {
         self.entries.set(
             i,
             TlbEntry {
-                read: page | new.slow_read | bit(!new.tags.read, NO_READ),
-                write: if new.tags.write { page | new.slow_write } else { u64::MAX },
-                page: new.page.page().0 | exec | bit(new.global, GLOBAL),
+                read: page ^ new.slow_read ^ bit(!new.tags.read, DENIED),
+                write: page ^ new.slow_write ^ bit(!new.tags.write, DENIED),
+                page: new.page.page().0 | USED | exec | bit(new.global, GLOBAL),
                 addend: new.addend,
             },
         );
@@ -268,11 +281,11 @@ impl Table {
         let mut held = Vec::with_capacity(self.live);
         self.used.each_word(|used, w| each_bit(w, used.word(w), |i| held.push((i, self.entries.get(i)))));
         // A view from before this goes on probing by the old index: what moves leaves nothing behind.
-        held.iter().for_each(|&(i, _)| self.entries.set(i, TlbEntry::INVALID));
+        held.iter().for_each(|&(i, _)| self.entries.set(i, TlbEntry::absent(i)));
         self.size = size;
         (self.used, self.global, self.live) = (Bits::new(size), Bits::new(size), 0);
-        for (_, e) in held {
-            let i = self.index(LinearAddr(e.read));
+        for (i, e) in held {
+            let i = self.index(LinearAddr(e.linear(i)));
             self.live += usize::from(!self.used.has(i));
             self.entries.set(i, e);
             self.used.insert(i);
@@ -293,12 +306,12 @@ impl Table {
     /// Whether entry `i`, which is in use, is for a linear page that agrees with `page` under `mask`.
     #[inline]
     fn holds(&self, i: usize, page: u64, mask: u64) -> bool {
-        (self.entries.get(i).read ^ page) & mask & PAGE_MASK == 0
+        (self.entries.get(i).linear(i) ^ page) & mask & PAGE_MASK == 0
     }
 
     #[inline]
     fn drop_entry(&mut self, i: usize) {
-        self.entries.set(i, TlbEntry::INVALID);
+        self.entries.set(i, TlbEntry::absent(i));
         self.used.remove(i);
         self.global.remove(i);
         self.live -= 1;
@@ -309,7 +322,7 @@ impl Table {
         let Self { entries, used, global, live, .. } = self;
         used.each_word(|used, w| {
             let drop = used.word(w) & if globals { u64::MAX } else { !global.word(w) };
-            each_bit(w, drop, |i| entries.set(i, TlbEntry::INVALID));
+            each_bit(w, drop, |i| entries.set(i, TlbEntry::absent(i)));
             used.remove_word(w, drop);
             global.remove_word(w, drop);
             *live -= drop.count_ones() as usize;
@@ -348,8 +361,8 @@ impl Table {
         used.each_word(|used, w| {
             each_bit(w, used.word(w), |i| {
                 let mut e = entries.get(i);
-                if e.page & PAGE_MASK == page.0 && e.write != u64::MAX && e.write & SLOW == 0 {
-                    e.write |= SLOW_CODE;
+                if e.page & PAGE_MASK == page.0 && e.write == e.linear(i) {
+                    e.write ^= SLOW_CODE;
                     entries.set(i, e);
                     n += 1;
                 }
@@ -362,8 +375,8 @@ impl Table {
     pub(crate) fn restore_write(&mut self, la: LinearAddr) {
         let i = self.index(la);
         let mut e = self.entries.get(i);
-        if e.write == la.page().0 | SLOW_CODE {
-            e.write &= !SLOW_CODE;
+        if e.write == la.page().0 ^ SLOW_CODE {
+            e.write ^= SLOW_CODE;
             self.entries.set(i, e);
         }
     }
@@ -392,11 +405,10 @@ mod tests {
             t.install(&new(p));
         }
         assert!(t.grow() && t.grow());
-        let empty = |e: TlbEntry| e == TlbEntry::INVALID || e.read == 0;
+        let empty = |t: &Table, i: usize| t.entries.get(i) == TlbEntry::absent(i);
         for i in 0..t.size {
-            let e = t.entries.get(i);
-            assert!(empty(e) || t.index(LinearAddr(e.read)) == i);
-            assert_eq!(t.used.has(i), !empty(e) || (i == 0 && e.read == 0));
+            assert!(empty(&t, i) || t.index(LinearAddr(t.entries.get(i).linear(i))) == i);
+            assert_eq!(t.used.has(i), !empty(&t, i));
         }
         for &p in &pages {
             let hit = t.lookup(LinearAddr(p << PAGE_SHIFT), AccessKind::Read).unwrap();
@@ -409,7 +421,7 @@ mod tests {
                 .all(|&p| t.lookup(LinearAddr(p << PAGE_SHIFT), AccessKind::Read).is_some() == p.is_multiple_of(3))
         );
         t.flush(true);
-        assert!((0..t.size).all(|i| empty(t.entries.get(i))) && t.entries.get(0) == TlbEntry::INVALID);
+        assert!((0..t.size).all(|i| empty(&t, i)));
         assert_eq!(t.live, 0);
         assert!(!t.grow(), "an empty table is large enough");
         t.shrink();

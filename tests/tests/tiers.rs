@@ -352,7 +352,6 @@ fn faults_leave_the_state_before_the_instruction_32() {
     check_faults(Bits::B32, &faults32());
 }
 
-/// What a repeated string instruction has done before it faults stays done: its registers say how far it came.
 /// The low bits that misalign an address were once those that mark a device's page in the TLB: the probe of an aligned access
 /// took it for plain memory.
 #[test]
@@ -383,6 +382,7 @@ fn misaligned_accesses_to_device_pages_fault() {
     }
 }
 
+/// What a repeated string instruction has done before it faults stays done: its registers say how far it came.
 #[test]
 fn a_repeated_string_faults_after_what_it_did() {
     let mut g = Guest::new(Bits::B64);

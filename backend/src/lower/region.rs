@@ -8,6 +8,7 @@
 //! Every cycle has an edge that looks at the budget and at the attention word. The budget is charged at the start of each
 //! block and is exact wherever the region is left. A source location is an index in [`LoweredRegion::sites`].
 
+mod live;
 mod mem;
 mod slots;
 mod wide;
@@ -29,8 +30,9 @@ use crate::layout;
 use crate::origin::Role as Part;
 use crate::region::{Counter, Guard};
 use crate::thunk::Thunk;
+use live::Live;
 use slots::Slots;
-use windows::Role;
+use windows::{Place, Role};
 
 /// What a region's lowering leaves beside the function.
 #[derive(Debug, Default)]
@@ -148,6 +150,7 @@ struct RegionLowering<'a> {
     blocks: &'a [Block],
     graph: Graph,
     slots: Slots,
+    live: Live,
     sites: Vec<(i32, u16)>,
     site_insns: Vec<(u16, u16)>,
     /// The pages with blocks, in bytes from the root's.
@@ -156,8 +159,8 @@ struct RegionLowering<'a> {
     /// The page of the guest instruction that is being lowered.
     page: i32,
     heads: Vec<ClifBlock>,
-    /// The value of each slot here.
-    values: Vec<Clif>,
+    /// The value of each slot that is live here.
+    values: Vec<Option<Clif>>,
     /// What is left of the budget here.
     budget: Clif,
     /// Slots whose field may be out of date here.
@@ -166,6 +169,8 @@ struct RegionLowering<'a> {
     at: usize,
     /// What each op of the block has to do with windows, and the addend of each window, 0 where it is none.
     roles: Vec<Role>,
+    /// Each of its values as something and a distance from it.
+    places: Vec<Place>,
     windows: HashMap<usize, Clif>,
     /// What of the block is computed together, and what of it has been.
     fused: HashMap<usize, wide::Fused>,
@@ -200,6 +205,7 @@ pub(crate) fn lower_region(
     let slots = Slots::new(blocks);
     let full = slots.has_vectors() || blocks.iter().flat_map(|b| &b.ops).any(|op| op.result() == Some(Ty::V128));
     let graph = Graph::new(blocks, &slots);
+    let live = Live::new(blocks, &graph, &slots);
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
@@ -210,6 +216,7 @@ pub(crate) fn lower_region(
         blocks,
         graph,
         slots,
+        live,
         sites: Vec::new(),
         site_insns: Vec::new(),
         pages: Vec::new(),
@@ -221,6 +228,7 @@ pub(crate) fn lower_region(
         dirty: 0,
         at: 0,
         roles: Vec::new(),
+        places: Vec::new(),
         windows: HashMap::new(),
         fused: HashMap::new(),
         done: Vec::new(),
@@ -236,7 +244,7 @@ pub(crate) fn lower_region(
         }
     }
     r.heads = (0..blocks.len()).map(|_| r.l.new_block(false)).collect();
-    r.entry(guard);
+    r.entry(guard)?;
     for i in 0..blocks.len() {
         r.block(i, counters.and_then(|c| c.get(i)).map_or(&[], Vec::as_slice))?;
     }
@@ -246,12 +254,12 @@ pub(crate) fn lower_region(
 
 impl RegionLowering<'_> {
     /// Loads everything and goes to the root, if there is a budget.
-    fn entry(&mut self, guard: Option<Guard>) {
+    fn entry(&mut self, guard: Option<Guard>) -> Result<(), CompileError> {
         if let Some(guard) = guard {
             self.check(guard);
         }
-        self.reload();
-        self.jump_checked(0);
+        self.reload(self.live.head[0]);
+        self.jump_checked(0)
     }
 
     /// Asks the runtime whether the region's pages are still where they were, unless nothing has changed since it last did.
@@ -278,31 +286,42 @@ impl RegionLowering<'_> {
         self.l.cur.goto_bottom(go);
     }
 
-    /// Reads all fields that are kept in values.
-    fn reload(&mut self) {
+    /// Reads the budget and the fields of the slots in `live`.
+    fn reload(&mut self, live: u64) {
         self.budget = self.l.load_state(types::I32, layout::BUDGET);
         self.values = (0..self.slots.len())
             .map(|i| {
                 let (loc, ty) = self.slots.field(i);
-                self.l.load_state(ty, loc)
+                (live >> i & 1 != 0).then(|| self.l.load_state(ty, loc))
             })
             .collect();
         self.dirty = 0;
     }
+    /// The value of a slot.
+    fn value(&self, slot: usize) -> Result<Clif, CompileError> {
+        self.values.get(slot).copied().flatten().ok_or(CompileError::Malformed)
+    }
 
     /// Writes back what may be out of date, and the budget.
-    fn write_back(&mut self) {
+    fn write_back(&mut self) -> Result<(), CompileError> {
         self.l.store_state(self.budget, layout::BUDGET);
-        self.write_back_slots(self.dirty);
+        self.write_back_slots(self.dirty)
     }
-    fn write_back_slots(&mut self, mask: u64) {
-        for i in (0..self.slots.len()).filter(|i| mask >> i & 1 != 0) {
-            self.l.store_state(self.values[i], self.slots.field(i).0);
+    fn write_back_slots(&mut self, mask: u64) -> Result<(), CompileError> {
+        for i in members(mask, self.slots.len()) {
+            let v = self.value(i)?;
+            self.l.store_state(v, self.slots.field(i).0);
         }
+        Ok(())
     }
 
-    fn arguments(&self) -> Vec<BlockArg> {
-        self.values.iter().copied().chain([self.budget]).map(BlockArg::Value).collect()
+    /// What is handed on to block `to`: its live slots and the budget.
+    fn arguments(&self, to: usize) -> Result<Vec<BlockArg>, CompileError> {
+        let mut values = Vec::new();
+        for i in members(self.live.head[to], self.slots.len()) {
+            values.push(self.value(i)?);
+        }
+        Ok(values.into_iter().chain([self.budget]).map(BlockArg::Value).collect())
     }
 
     /// One block.
@@ -310,7 +329,7 @@ impl RegionLowering<'_> {
         let b = &self.blocks[i];
         self.at = i;
         self.l.block = b;
-        self.roles = windows::plan(b);
+        (self.roles, self.places) = windows::plan(b);
         self.windows.clear();
         self.fused = wide::plan(b);
         self.done.clear();
@@ -321,7 +340,10 @@ impl RegionLowering<'_> {
         let head = self.heads[i];
         self.l.cur.goto_bottom(head);
         let dfg = &mut self.l.cur.func.dfg;
-        self.values = (0..self.slots.len()).map(|s| dfg.append_block_param(head, self.slots.field(s).1)).collect();
+        let live = self.live.head[i];
+        self.values = (0..self.slots.len())
+            .map(|s| (live >> s & 1 != 0).then(|| dfg.append_block_param(head, self.slots.field(s).1)))
+            .collect();
         self.budget = dfg.append_block_param(head, types::I32);
         self.dirty = self.graph.dirty[i];
         self.budget = self.l.cur.ins().iadd_imm_s(self.budget, -i64::from(b.retired));
@@ -370,15 +392,15 @@ impl RegionLowering<'_> {
         }
         match *op {
             Op::Get { ty, loc } => {
-                let v = self.get(ty, loc);
+                let v = self.get(ty, loc)?;
                 self.l.set(i, v);
             }
             Op::Put { ty, loc, v } => {
                 let v = self.l.get(v)?;
-                self.put(ty, loc, v);
+                self.put(ty, loc, v)?;
             }
             Op::Cond { .. } | Op::Flags => {
-                self.write_back_slots(self.dirty & self.slots.flags());
+                self.write_back_slots(self.dirty & self.slots.flags())?;
                 self.l.op(i, op)?;
             }
             Op::Load { ty, flags, addr } => self.load(i, ty, flags, addr)?,
@@ -386,9 +408,10 @@ impl RegionLowering<'_> {
             Op::Rmw { op, ty, addr, v } => self.rmw(i, op, ty, addr, v)?,
             Op::CmpXchg { ty, addr, expected, new } => self.cmpxchg(i, ty, addr, expected, new)?,
             Op::Call { .. } if impure(op) => {
-                self.write_back();
+                self.write_back()?;
                 self.l.op(i, op)?;
-                self.reload();
+                let live = self.live.after.iter().find(|a| (a.0, a.1) == (self.at, i)).map_or(0, |a| a.2);
+                self.reload(live);
             }
             Op::ExitIf { c, exit } => {
                 let side = *self.l.block.exits.get(exit as usize).ok_or(CompileError::Malformed)?;
@@ -422,14 +445,14 @@ impl RegionLowering<'_> {
             self.budget = self.l.cur.ins().iadd_imm_s(self.budget, back);
         }
         match self.graph.target(exit, retired) {
-            Some(to) if self.graph.checked.contains(&(self.at, to)) => self.jump_checked(to),
+            Some(to) if self.graph.checked.contains(&(self.at, to)) => self.jump_checked(to)?,
             Some(to) => {
-                let args = self.arguments();
+                let args = self.arguments(to)?;
                 self.l.cur.ins().jump(self.heads[to], &args);
             }
             None => {
                 self.part(Part::Exit);
-                self.write_back();
+                self.write_back()?;
                 self.outside(exit)?;
             }
         }
@@ -460,7 +483,7 @@ impl RegionLowering<'_> {
     }
 
     /// To block `to`, unless the budget has run out or somebody wants attention.
-    fn jump_checked(&mut self, to: usize) {
+    fn jump_checked(&mut self, to: usize) -> Result<(), CompileError> {
         self.part(Part::Budget);
         // Atomic so that every time round looks again.
         let at = self.l.cur.ins().iadd_imm_s(self.l.state, layout::ATTENTION as i64);
@@ -468,15 +491,21 @@ impl RegionLowering<'_> {
         let word = self.l.cur.ins().bor(attention, self.budget);
         let c = self.l.cur.ins().icmp_imm_s(IntCC::SignedLessThan, word, 0);
         let out = self.l.new_block(true);
-        let args = self.arguments();
+        let args = self.arguments(to)?;
         self.l.cur.ins().brif(c, out, &[], self.heads[to], &args);
         self.l.cur.goto_bottom(out);
-        self.write_back();
+        self.write_back()?;
         let target = &self.blocks[to];
         self.set_page(target.place() & !0xfff);
         let off = self.l.const64(target.start().into());
         self.l.tail(Thunk::budget(target.flags.size()), &[off]);
+        Ok(())
     }
+}
+
+/// The members of a set of slots.
+fn members(set: u64, slots: usize) -> impl Iterator<Item = usize> {
+    (0..slots).filter(move |i| set >> i & 1 != 0)
 }
 
 /// Whether a slot holds a vector.

@@ -160,7 +160,7 @@ impl Machine {
             fill: false,
             slow: 0,
             calls: 0,
-            tlb: Box::new(Tlb([[u64::MAX; 4]; TLB_ENTRIES])),
+            tlb: Box::new(Tlb(std::array::from_fn(|i| [absent(i); 4]))),
             jumps: vec![[u64::MAX; 4]; twofold_mmu::JUMP_CACHE_ENTRIES],
             seed,
             rets: Vec::new(),
@@ -215,7 +215,7 @@ impl Machine {
         let n = addr / PAGE;
         let host = self.page(n).as_ptr() as u64;
         let tag = n * PAGE;
-        self.tlb.0[(n as usize) % TLB_ENTRIES] = [tag, tag, u64::MAX, host.wrapping_sub(tag)];
+        self.tlb.0[(n as usize) % TLB_ENTRIES] = [tag, tag, absent(n as usize % TLB_ENTRIES), host.wrapping_sub(tag)];
     }
     pub fn read(&mut self, addr: u64, bytes: u32) -> u128 {
         (0..u64::from(bytes)).fold(0, |v, i| {
@@ -353,4 +353,9 @@ pub fn enter(m: &mut Machine, entry: u64) -> twofold_backend::Leave {
     let state = std::ptr::from_mut(&mut *m.state);
     // SAFETY: the state is set up for the code installed at `entry`; `m` is reached through `state.vcpu` only.
     unsafe { twofold_backend::enter(state, entry) }
+}
+
+/// A tag of entry `i` that stands for nothing: the address of a page whose entry is elsewhere.
+fn absent(i: usize) -> u64 {
+    (i ^ (TLB_ENTRIES / 2)) as u64 * PAGE
 }

@@ -7,7 +7,8 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value as Clif};
 use twofold_arch::Loc;
 use twofold_ir::{Block, Op, Ty};
 
-use super::{RegionLowering, is_vector};
+use super::{RegionLowering, is_vector, members};
+use crate::compiler::CompileError;
 use crate::lower::{V, clif};
 
 /// Part of a slot.
@@ -80,6 +81,10 @@ impl Slots {
         let slot = self.fields.iter().position(|f| f.0 == start)?;
         Some(Place { slot, off: loc.0 - start })
     }
+    /// Whether an access of type `ty` has all of its slot.
+    pub fn whole(&self, p: Place, ty: Ty) -> bool {
+        p.off == 0 && clif(ty) == self.fields[p.slot].1
+    }
     /// Whether a slot is written back late.
     pub fn lazy(&self, slot: usize) -> bool {
         let loc = self.fields[slot].0;
@@ -107,56 +112,56 @@ fn lanes(ty: Ty) -> Type {
 }
 
 impl RegionLowering<'_> {
-    pub(super) fn get(&mut self, ty: Ty, loc: Loc) -> Clif {
+    pub(super) fn get(&mut self, ty: Ty, loc: Loc) -> Result<Clif, CompileError> {
         let Some(p) = self.slots.find(ty, loc) else {
-            self.write_back_slots(self.dirty & self.slots.overlapping(loc.0, loc.0 + ty.bytes() as u16));
-            return self.l.load_state(clif(ty), loc.0.into());
+            self.write_back_slots(self.dirty & self.slots.overlapping(loc.0, loc.0 + ty.bytes() as u16))?;
+            return Ok(self.l.load_state(clif(ty), loc.0.into()));
         };
-        let (v, have) = (self.values[p.slot], self.slots.field(p.slot).1);
+        let (v, have) = (self.value(p.slot)?, self.slots.field(p.slot).1);
         if is_vector(have) {
             if ty == Ty::V128 {
-                return v;
+                return Ok(v);
             }
             let v = self.l.cast(v, lanes(ty));
-            return self.l.cur.ins().extractlane(v, (p.off / ty.bytes() as u16) as u8);
+            return Ok(self.l.cur.ins().extractlane(v, (p.off / ty.bytes() as u16) as u8));
         }
         let shift = i64::from(p.off) * 8;
         let v = if shift == 0 { v } else { self.l.cur.ins().ushr_imm_u(v, shift) };
-        if clif(ty) == have { v } else { self.l.cur.ins().ireduce(clif(ty), v) }
+        Ok(if clif(ty) == have { v } else { self.l.cur.ins().ireduce(clif(ty), v) })
     }
 
-    pub(super) fn put(&mut self, ty: Ty, loc: Loc, v: Clif) {
+    pub(super) fn put(&mut self, ty: Ty, loc: Loc, v: Clif) -> Result<(), CompileError> {
         let Some(p) = self.slots.find(ty, loc) else {
             let hit = self.slots.overlapping(loc.0, loc.0 + ty.bytes() as u16);
             // Memory gets all of it, and is then as new as the values.
-            self.write_back_slots(self.dirty & hit);
+            self.write_back_slots(self.dirty & hit)?;
             self.l.store_state(v, loc.0.into());
-            for i in (0..self.slots.len()).filter(|i| hit >> i & 1 != 0) {
+            for i in members(hit, self.slots.len()) {
                 let (loc, ty) = self.slots.field(i);
-                self.values[i] = self.l.load_state(ty, loc);
+                self.values[i] = Some(self.l.load_state(ty, loc));
             }
-            return;
+            return Ok(());
         };
-        let (old, have) = (self.values[p.slot], self.slots.field(p.slot).1);
+        let have = self.slots.field(p.slot).1;
         let lazy = self.slots.lazy(p.slot);
         if lazy {
             self.dirty |= 1 << p.slot;
         } else {
             self.l.store_state(v, loc.0.into());
         }
-        self.values[p.slot] = if is_vector(have) {
-            if ty == Ty::V128 {
-                v
-            } else {
-                let old = self.l.cast(old, lanes(ty));
-                let new = self.l.cur.ins().insertlane(old, v, (p.off / ty.bytes() as u16) as u8);
-                self.l.cast(new, V)
-            }
-        } else if clif(ty) == have {
+        let new = if self.slots.whole(p, ty) {
             v
+        } else if is_vector(have) {
+            let old = self.value(p.slot)?;
+            let old = self.l.cast(old, lanes(ty));
+            let new = self.l.cur.ins().insertlane(old, v, (p.off / ty.bytes() as u16) as u8);
+            self.l.cast(new, V)
         } else {
+            let old = self.value(p.slot)?;
             self.insert(old, have, v, ty, p.off)
         };
+        self.values[p.slot] = Some(new);
+        Ok(())
     }
 
     /// `old` with the bytes from `off` on replaced.

@@ -35,18 +35,18 @@ struct Window {
 }
 
 /// An address as something and a distance from it.
-type Place = (Base, i64);
+pub(super) type Place = (Base, i64);
 
 /// What is the same for equal values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Base {
+pub(super) enum Base {
     Zero,
     Rip,
     Value(u16),
 }
 
-/// The role of each op of a block that accesses memory.
-pub(super) fn plan(block: &Block) -> Vec<Role> {
+/// The role of each op of a block that accesses memory, and each value as a place.
+pub(super) fn plan(block: &Block) -> (Vec<Role>, Vec<Place>) {
     let mut roles = vec![Role::Alone; block.ops.len()];
     let mut places: Vec<Place> = Vec::with_capacity(block.ops.len());
     let mut sums: HashMap<(BinOp, Place, Place), u16> = HashMap::new();
@@ -105,7 +105,7 @@ pub(super) fn plan(block: &Block) -> Vec<Role> {
         roles[w.first] = Role::First(n, w.min - w.at, w.end - w.at, w.write);
         w.members.iter().for_each(|&m| roles[m] = Role::Member(n));
     }
-    roles
+    (roles, places)
 }
 
 fn place(i: usize, op: &Op, places: &[Place], sums: &mut HashMap<(BinOp, Place, Place), u16>) -> Place {
