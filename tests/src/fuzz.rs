@@ -208,6 +208,7 @@ impl Fuzzer {
         let form = form(&s, self.rng.below(4) != 0);
         native.set_code(&form.bytes, form.mode);
         self.machine.set_mode(form.mode);
+        self.machine.show_code(&native.code_page());
         let masked = masked(&s);
         self.report.encodings += 1;
         let mut mem: Vec<u8> = (0..SCRATCH_LEN).map(|_| self.rng.next() as u8).collect();

@@ -158,6 +158,11 @@ impl Machine {
         mode::tb_flags(&self.vcpu.state)
     }
 
+    /// What an instruction finds when it reads the code page. (It runs from its translation.)
+    pub fn show_code(&self, page: &[u8; 0x1000]) {
+        self.poke(CODE_PA, page);
+    }
+
     /// Translates an instruction, for runs whose MXCSR masks what `like`'s does.
     ///
     /// # Panics

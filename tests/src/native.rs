@@ -468,6 +468,12 @@ impl Native {
         self.mode = mode;
     }
 
+    /// The code page, which the instruction may read.
+    pub fn code_page(&self) -> [u8; 0x1000] {
+        // SAFETY: it is mapped for the life of the program, and only `set_code` writes it, with the lock that `self` stands for.
+        unsafe { (CODE as *const [u8; 0x1000]).read() }
+    }
+
     /// Runs it on `regs` and the scratch memory `mem`, both updated.
     pub fn run(&mut self, regs: &mut Regs, mem: &mut [u8]) -> Outcome {
         assert_eq!(mem.len(), SCRATCH_LEN);
