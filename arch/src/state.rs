@@ -56,8 +56,8 @@ pub struct CpuState {
     pub cc_src2: u64,
     /// Lazy flags: a `CcOp`, in the low byte.
     pub cc_op: u32,
-    /// Page offset of the instruction at which translated code left by a fault.
-    pub fault_off: u32,
+    /// Not 0: the helper that set `rip` has set `tb_flags` for what is there, which may run without the dispatcher between.
+    pub onward: u32,
     /// Full RIP; valid outside translated code only.
     pub rip: u64,
     /// RFLAGS without the arithmetic flags (`control::rflags::SYS`).
@@ -276,7 +276,7 @@ impl CpuState {
             cc_src: 0,
             cc_src2: 0,
             cc_op: crate::flags::CcOp::FLAGS.0 as u32,
-            fault_off: 0,
+            onward: 0,
             rip: 0,
             rflags_sys: 0,
             tlb: [TlbView { mask: 0, table: 0 }; 3],

@@ -62,6 +62,7 @@ pub const RIP_BASE: usize = offset_of!(CpuState, rip_base);
 pub const RIP: usize = offset_of!(CpuState, rip);
 pub const JUMP_CACHE: usize = offset_of!(CpuState, jump_cache);
 pub const TB_FLAGS: usize = offset_of!(CpuState, tb_flags);
+pub const ONWARD: usize = offset_of!(CpuState, onward);
 pub const HOST_SP: usize = offset_of!(CpuState, host_sp);
 pub const HOST_RET: usize = offset_of!(CpuState, host_ret);
 pub const MEM_RESULT: usize = offset_of!(CpuState, mem_result);

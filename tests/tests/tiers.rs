@@ -582,3 +582,59 @@ fn interrupts_come_at_the_right_instruction() {
     assert_eq!(got, [(0x41, ip(0)), (0x41, ip(1)), (0x41, ip(2)), (0x41, ip(3)), (0x42, ip(4))]);
     assert_eq!(ran.log.iter().map(|r| r.gpr[3]).collect::<Vec<_>>(), [1, 2, 4, 4, 4]);
 }
+
+/// An IRET that sets IF lets in the interrupt that waits before the next instruction, also when translated code goes on by itself.
+#[test]
+fn an_iret_lets_in_the_interrupt_that_waits() {
+    const TIMES: i32 = 60;
+    let mut g = Guest::new(Bits::B64);
+    let (back, code) = g.assemble(CODE, |a| {
+        let (mut again, mut back) = (a.create_label(), a.create_label());
+        a.mov(al, 0xff)?;
+        a.out(0x21, al)?;
+        a.out(0xa1, al)?;
+        a.mov(ecx, 0x1b)?;
+        a.rdmsr()?;
+        a.or(eax, 0xc00)?;
+        a.wrmsr()?;
+        a.mov(ecx, 0x80f)?;
+        a.xor(edx, edx)?;
+        a.mov(eax, 0x1ff)?;
+        a.wrmsr()?;
+        a.mov(r12d, TIMES)?;
+        a.set_label(&mut again)?;
+        a.cli()?;
+        a.mov(ecx, 0x83f)?;
+        a.mov(eax, 0x41)?;
+        // Every other time nothing waits.
+        a.test(r12d, 1)?;
+        let mut quiet = a.create_label();
+        a.je(quiet)?;
+        a.wrmsr()?;
+        a.set_label(&mut quiet)?;
+        a.mov(rax, rsp)?;
+        a.mov(ecx, ss)?;
+        a.push(rcx)?;
+        a.push(rax)?;
+        a.pushfq()?;
+        a.or(dword_ptr(rsp), 0x200)?;
+        a.mov(ecx, cs)?;
+        a.push(rcx)?;
+        a.lea(rcx, ptr(back))?;
+        a.push(rcx)?;
+        a.iretq()?;
+        a.set_label(&mut back)?;
+        a.inc(ebx)?;
+        a.dec(r12d)?;
+        a.jne(again)?;
+        a.cli()?;
+        a.int(END)?;
+        Ok(back)
+    });
+    let at = code.label_ip(&back).expect("a label");
+    let ran = g.run_in_all_tiers();
+    assert_eq!(ran.last.gpr[3], TIMES as u64);
+    let got: Vec<_> = ran.log.iter().map(|r| (r.vector, r.rip, r.gpr[3])).collect();
+    let wanted: Vec<_> = (0..TIMES as u64).filter(|n| n % 2 == 1).map(|n| (0x41, at, n)).collect();
+    assert_eq!(got, wanted);
+}

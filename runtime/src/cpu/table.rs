@@ -62,16 +62,16 @@ table! { v, a, b, c, d;
     Sti => ops::sti(v, a != 0),
     Hlt => ops::hlt(v),
     Pause => ops::pause(v),
-    SoftInt => interrupt::soft_int(v, a as u8, b, c),
-    Iret => far::iret(v, a, b),
+    SoftInt => onward(v, |v| interrupt::soft_int(v, a as u8, b, c)),
+    Iret => onward(v, |v| far::iret(v, a, b)),
     LoadSeg => segments::load_seg(v, a as usize, b as u16).map(|()| 0),
     FarJmp => far::far_jmp(v, a as u16, b, c, d),
     FarCall => far::far_call(v, a as u16, b, c, d),
     FarRet => far::far_ret(v, a, b),
-    Syscall => far::syscall(v, a),
-    Sysret => far::sysret(v, a),
-    Sysenter => far::sysenter(v),
-    Sysexit => far::sysexit(v, a),
+    Syscall => onward(v, |v| far::syscall(v, a)),
+    Sysret => onward(v, |v| far::sysret(v, a)),
+    Sysenter => onward(v, far::sysenter),
+    Sysexit => onward(v, |v| far::sysexit(v, a)),
     Swapgs => far::swapgs(v),
     FsGsBase => far::fs_gs_base(v, a, b),
     LoadTable => ops::load_table(v, a, b != 0, c),
@@ -123,6 +123,14 @@ table! { v, a, b, c, d;
     MaskedMove => fpu::vector::masked_move(v, a, b),
     Gather => fpu::vector::gather(v, a, b),
     SseCheck => fpu::sse_check(v, a),
+}
+
+/// A transfer that translated code may follow by itself.
+#[inline]
+fn onward(v: &mut Vcpu, transfer: impl FnOnce(&mut Vcpu) -> Helped) -> Helped {
+    let done = transfer(v)?;
+    crate::exec::dispatch::pass_on(v);
+    Ok(done)
 }
 
 /// Calls a helper; the safe way in.

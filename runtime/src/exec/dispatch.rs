@@ -327,7 +327,7 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     if alone {
         flags.0 |= TbFlags::ONE_INSN;
     }
-    vcpu.state.tb_flags = flags.0;
+    (vcpu.state.tb_flags, vcpu.state.onward) = (flags.0, 0);
     vcpu.jit.alone = alone;
     vcpu.jit.restart = false;
     let next = chain(vcpu, flags);
@@ -359,6 +359,32 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     Ok(())
 }
 
+/// After a helper that set `state.rip` and may have changed the mode: translated code goes on there from the jump cache, if it would
+/// not find the dispatcher doing anything else. What is due makes it leave at the first block's entry.
+#[inline]
+pub(crate) fn pass_on(vcpu: &mut Vcpu) {
+    let state = &vcpu.state;
+    if vcpu.jit.alone || state.shadow != 0 || vcpu.vmx.non_root || !vcpu.debug.is_empty() {
+        return;
+    }
+    let flags = mode::tb_flags(state);
+    if flags.has(TbFlags::TF) || !is_unlimited(flags) {
+        return;
+    }
+    // RF holds for one instruction, and without breakpoints for none.
+    vcpu.state.rflags_sys &= !rflags::RF;
+    (vcpu.state.tb_flags, vcpu.state.onward) = (flags.0, 1);
+    if vcpu.shared.is_due(vcpu.index) {
+        vcpu.state.attention.store(-1, Ordering::Relaxed);
+    }
+}
+
+/// Whether code may begin anywhere: where CS has a limit, the dispatcher looks at it.
+#[inline]
+fn is_unlimited(flags: TbFlags) -> bool {
+    flags.is64() || flags.no_limit(1)
+}
+
 /// An exception takes of the budget, as an instruction does, though none retires: a handler that faults at once would keep
 /// time, interrupts and the other processors waiting for ever.
 fn charge_exception(vcpu: &mut Vcpu) {
@@ -366,15 +392,15 @@ fn charge_exception(vcpu: &mut Vcpu) {
     vcpu.state.retired = vcpu.state.retired.wrapping_sub(1);
 }
 
-/// Runs block after block while nothing but RIP changes.
-fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
+/// Runs block after block while nothing but RIP changes, and the mode where host code has followed it.
+fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
     // The way out of the last block leads to this one only if nothing came between, such as a fault of the fetch.
     (vcpu.jit.link_from, vcpu.jit.fill_jump_cache) = (None, false);
     vcpu.jit.recording = 0;
     if let Some(code) = known_code(vcpu, flags) {
         vcpu.enter_phase(Phase::Code);
         match run_code(vcpu, code) {
-            Next::Rip => {}
+            Next::Rip => flags = TbFlags(vcpu.state.tb_flags),
             other => return other,
         }
     } else {
@@ -410,7 +436,9 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
         let next = match entry {
             Some(entry) => {
                 vcpu.enter_phase(Phase::Code);
-                run_code(vcpu, entry)
+                let next = run_code(vcpu, entry);
+                flags = TbFlags(vcpu.state.tb_flags);
+                next
             }
             None => {
                 vcpu.enter_phase(Phase::Eval);
@@ -443,9 +471,7 @@ fn chain(vcpu: &mut Vcpu, flags: TbFlags) -> Next {
 fn known_code(vcpu: &mut Vcpu, flags: TbFlags) -> Option<u64> {
     let jit = &vcpu.jit;
     let plain = !jit.alone && jit.sampled.is_none() && jit.bypass.is_none() && !jit.compile_ready();
-    // Where CS has a limit, the dispatcher looks at it.
-    let unlimited = flags.is64() || flags.has(1 << (TbFlags::NOLIMIT_SHIFT + 1));
-    if !plain || !unlimited || vcpu.debug.has(DebugItem::Exec) {
+    if !plain || !is_unlimited(flags) || vcpu.debug.has(DebugItem::Exec) {
         return None;
     }
     let entry = vcpu.mmu.jump_get(vcpu.state.rip, flags.0.into())?;
