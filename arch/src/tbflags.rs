@@ -68,6 +68,11 @@ impl TbFlags {
     pub const SSE_UNMASKED: u32 = 1 << 28;
     /// 64-bit code under CR4.LA57: near branches take 57-bit targets.
     pub const WIDE_LINEAR: u32 = 1 << 29;
+    /// 16-bit code, which `WIDE_LINEAR` does not concern, with EIP above 64 KiB: near branches lead below.
+    pub const HIGH_IP: u32 = 1 << 29;
+    /// 64-bit code, which `NOLIMIT_SHIFT` does not concern, so near to addresses that are not canonical that a direct branch may
+    /// lead to one: such branches look.
+    pub const NEAR_EDGE: u32 = 1 << 18;
     /// IA-32e mode is active (64-bit and compatibility mode).
     pub const LONG: u32 = 1 << 30;
     /// All x87 exceptions are masked, none is pending, and the host has an x87 unit: instructions run on it directly.
@@ -86,6 +91,35 @@ impl TbFlags {
     #[must_use]
     pub const fn is64(self) -> bool {
         matches!(self.size(), CodeSize::Bits64)
+    }
+    /// [`TbFlags::HIGH_IP`].
+    #[must_use]
+    pub const fn high_ip(self) -> bool {
+        matches!(self.size(), CodeSize::Bits16) && self.has(Self::HIGH_IP)
+    }
+    /// [`TbFlags::NEAR_EDGE`].
+    #[must_use]
+    pub const fn near_edge(self) -> bool {
+        self.is64() && self.has(Self::NEAR_EDGE)
+    }
+    /// The key of the same code at `rip`: with the bits that say where it is.
+    #[must_use]
+    #[inline]
+    pub const fn at(self, rip: u64) -> Self {
+        // What a 32-bit displacement reaches, from anywhere in a page.
+        const REACH: u64 = (1 << 31) + 0x1000;
+        match self.size() {
+            CodeSize::Bits32 => self,
+            CodeSize::Bits16 if rip > 0xffff => Self(self.0 | Self::HIGH_IP),
+            CodeSize::Bits16 => Self(self.0 & !Self::HIGH_IP),
+            CodeSize::Bits64 => {
+                let half = if self.has(Self::WIDE_LINEAR) { 1 << 56 } else { 1 << 47 };
+                // Canonical addresses are in one piece, from 0 to twice `half`.
+                let place = rip.wrapping_add(half);
+                let edge = place < REACH || place >= 2 * half - REACH;
+                Self(self.0 & !Self::NEAR_EDGE | if edge { Self::NEAR_EDGE } else { 0 })
+            }
+        }
     }
     /// Current privilege level.
     #[must_use]

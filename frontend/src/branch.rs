@@ -1,8 +1,7 @@
 //! Control transfers: Jcc, JMP, CALL and RET near and far, LOOP, JCXZ, software interrupts, IRET, and the fast system calls.
 //!
 //! Place: a family of the instruction table. Every instruction here ends the block. A near target outside the code segment
-//! is #GP at the branch where the key does not rule it out, and so is a non-canonical target of an indirect one; of a
-//! direct one it is refused by whoever fetches there.
+//! is #GP at the branch where the key does not rule it out, and so is a non-canonical target.
 
 use iced_x86::{Code, Mnemonic, OpKind};
 use twofold_arch::cpuid::Feature;
@@ -88,7 +87,7 @@ fn near_target(t: &mut Translator<'_>) -> Target {
         OpKind::NearBranch16 => {
             let disp = t.insn.near_branch16().wrapping_sub(next as u16) as i16;
             let off = next + i32::from(disp);
-            if size == CodeSize::Bits16 {
+            if size == CodeSize::Bits16 && !t.flags.high_ip() {
                 return Target::Offset(off);
             }
             let rip = t.b.rip(off);
@@ -117,18 +116,34 @@ fn needs_check(t: &Translator<'_>, bits: u32) -> bool {
     !t.is64() && !t.flags.no_limit(1) && (t.flags.has(TbFlags::PROTECTED) || bits > 16)
 }
 
-/// #GP(0) unless the target is inside the code segment.
+/// Whether a direct branch must look at its target before it does anything.
+fn is_suspect(t: &Translator<'_>, target: Target) -> bool {
+    match target {
+        // What is in the same page is canonical as this is.
+        Target::Offset(off) if t.is64() => t.flags.near_edge() && !(0..4096).contains(&off),
+        Target::Rip(_) if t.is64() => true,
+        Target::Offset(_) => needs_check(t, t.rip_ty().bits()),
+        Target::Rip(_) => needs_check(t, 32),
+    }
+}
+
+/// #GP(0) unless the target is inside the code segment, or canonical.
 fn check_target(t: &mut Translator<'_>, target: Target) {
     match target {
         Target::Offset(off) => {
-            let bits = t.rip_ty().bits();
-            if needs_check(t, bits) {
+            if is_suspect(t, target) {
                 let rip = t.b.rip(off);
-                t.call(Helper::CheckTarget, &[rip]);
+                let bits = t.rip_ty().bits();
+                check_rip(t, rip, bits);
             }
         }
-        Target::Rip(rip) => check_rip(t, rip, 32),
+        Target::Rip(rip) => check_rip(t, rip, widest(t)),
     }
+}
+
+/// Bits of a RIP that was computed.
+fn widest(t: &Translator<'_>) -> u32 {
+    if t.is64() { 64 } else { 32 }
 }
 
 fn check_rip(t: &mut Translator<'_>, rip: Value, bits: u32) {
@@ -162,9 +177,8 @@ fn end_at(t: &mut Translator<'_>, target: Target, kind: IndirectKind) {
 /// Branches to the near target when `c` (I8) is not 0; `update` runs before anything leaves.
 fn branch_if(t: &mut Translator<'_>, c: Value) {
     let target = near_target(t);
-    let bits = t.rip_ty().bits();
     match target {
-        Target::Offset(off) if !needs_check(t, bits) => {
+        Target::Offset(off) if !is_suspect(t, target) => {
             let taken = t.direct_exit(off);
             t.b.exit_if(c, taken, true);
             let exit = t.direct_exit(t.next);
@@ -209,8 +223,7 @@ fn repeat(t: &mut Translator<'_>, cc: Option<CondCode>) {
     }
     // A target outside the segment must fault before the count is put: then the order is check, count, leave.
     let target = near_target(t);
-    let bits = t.rip_ty().bits();
-    if let (Target::Offset(off), false) = (target, needs_check(t, bits)) {
+    if let (Target::Offset(off), false) = (target, is_suspect(t, target)) {
         t.put_gpr(1, cx);
         let taken = t.direct_exit(off);
         t.b.exit_if(c, taken, true);
@@ -223,7 +236,7 @@ fn repeat(t: &mut Translator<'_>, cc: Option<CondCode>) {
     };
     let next = t.next_rip();
     let to = t.b.select(c, rip, next);
-    check_rip(t, to, 32);
+    check_rip(t, to, widest(t));
     t.put_gpr(1, cx);
     t.end_indirect(to, IndirectKind::Jump);
 }

@@ -2,8 +2,8 @@
 //!
 //! Under `X87_HOST` an instruction is its loads, `Helper::X87Do`, which the back end makes the host's own instruction of, and its
 //! store; the registers have been brought into the host's unit before (`X87Ready`, once a block). A store's page is checked
-//! before the instruction runs, so that nothing has happened when it faults. Deviation: a store of an instruction that pops into the
-//! block's own code runs the instruction twice.
+//! before the instruction runs, so that nothing has happened when it faults, or when it would write to the block's own code and
+//! so has to run on its own.
 //!
 //! Otherwise it is one call of `Helper::X87`, which reads its operands and does all checks but #NM. The helper gets the opcode, the linear address of the memory operand, the instruction's RIP and a word of
 //! [`twofold_arch::fpu::x87`]. FNSTSW AX takes its result from the helper.

@@ -158,6 +158,8 @@ pub struct Vcpu {
     pub in_helper: bool,
     /// Gives up the rest of its turn: it spins.
     pub yields: bool,
+    /// SYSCALL or SYSRET ran with RFLAGS.TF set before or after it: whether a single-step trap follows.
+    pub step_after: Option<bool>,
     /// Waits for a start-up IPI.
     pub wait_for_sipi: bool,
     /// What `-d` traces.
@@ -190,6 +192,7 @@ impl Vcpu {
             in_turn: false,
             in_helper: false,
             yields: false,
+            step_after: None,
             wait_for_sipi: false,
             debug: DebugItems::default(),
             trace: Trace::default(),

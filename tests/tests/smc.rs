@@ -78,6 +78,35 @@ fn the_own_block() {
     assert_eq!(ran.last.gpr[2], u64::from(ROUNDS / 2 - 1));
 }
 
+/// A popping x87 store into its own block runs on its own, and pops once.
+#[test]
+fn a_popping_store_into_the_own_block_pops_once() {
+    let mut g = Guest::new(Bits::B64);
+    looped(&mut g, |a| {
+        let mut behind = a.create_label();
+        a.fninit()?;
+        a.fld1()?;
+        a.fld1()?;
+        a.mov(r14, u64::from(DATA))?;
+        a.mov(dword_ptr(r14), r15d)?;
+        a.fild(dword_ptr(r14))?;
+        a.lea(rbx, ptr(behind))?;
+        a.fstp(dword_ptr(rbx + 1))?;
+        a.nop()?;
+        a.set_label(&mut behind)?;
+        a.mov(ecx, 0)?;
+        a.add(rsi, rcx)?;
+        a.fnstsw(ax)?;
+        a.shr(eax, 11)?;
+        a.and(eax, 7)?;
+        a.add(rdx, rax)
+    });
+    let ran = g.run_in_all_tiers();
+    // Two registers stay: TOP is 6.
+    assert_eq!(ran.last.gpr[2], 6 * u64::from(ROUNDS));
+    assert_eq!(ran.last.gpr[6], (0..ROUNDS).map(|i| u64::from((i as f32).to_bits())).sum::<u64>());
+}
+
 /// A function in another page is changed by every kind of store there is.
 #[test]
 fn another_page_by_every_kind_of_store() {

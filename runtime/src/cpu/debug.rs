@@ -36,6 +36,18 @@ impl Watch {
         (self.hits, self.held) = (0, 0);
     }
 
+    /// Whether the running instruction has something to report.
+    #[must_use]
+    pub const fn has_hits(&self) -> bool {
+        self.hits != 0
+    }
+
+    /// Forgets everything; what a load of SS has put off.
+    #[must_use]
+    pub fn take_held(&mut self) -> u64 {
+        std::mem::take(self).held
+    }
+
     /// What the instruction that ended has to report. `put_off`: it loaded SS.
     pub fn take(&mut self, put_off: bool) -> u64 {
         self.armed = false;

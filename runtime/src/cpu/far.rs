@@ -506,7 +506,8 @@ fn iret_real(v: &mut Vcpu, bytes: u32) -> Result<(), Trap> {
 
 // ---- fast system calls ------------------------------------------------------------------------------------------------
 
-/// SYSCALL (SDM Vol 2B).
+/// SYSCALL (SDM Vol 2B). It and SYSRET end in a single-step trap if RFLAGS.TF is set after them, not before: a kernel that masks TF
+/// sees none, and the trap comes as SYSRET returns.
 pub fn syscall(v: &mut Vcpu, next_rip: u64) -> Helped {
     let s = &mut v.state;
     if s.efer & efer::SCE == 0 || !is_64bit(s) {
@@ -516,6 +517,9 @@ pub fn syscall(v: &mut Vcpu, next_rip: u64) -> Helped {
     s.gpr[RCX] = next_rip;
     s.gpr[R11] = image;
     s.set_rflags(image & !s.msrs.fmask);
+    if image & rflags::TF != 0 {
+        v.step_after = Some(s.rflags_sys & rflags::TF != 0);
+    }
     let selector = (s.msrs.star >> 32) as u16 & 0xfffc;
     s.seg[CS] = flat(selector, CODE, 0, attr::L);
     s.seg[SS] = flat(selector.wrapping_add(8), DATA, 0, attr::DB);
@@ -544,8 +548,13 @@ pub fn sysret(v: &mut Vcpu, log2: u64) -> Helped {
     s.seg[SS] = flat(base.wrapping_add(8) | 3, DATA, 3, attr::DB);
     s.cpl = 3;
     let image = s.gpr[R11];
+    let was_stepping = s.rflags_sys & rflags::TF != 0;
     // RF and VM are not loaded.
     s.set_rflags(image & 0x3c_7fd7 & !rflags::RF);
+    let steps = image & rflags::TF != 0;
+    if steps || was_stepping {
+        v.step_after = Some(steps);
+    }
     Ok(0)
 }
 

@@ -89,7 +89,7 @@ pub const fn rip_mask(s: &CpuState) -> u64 {
     }
 }
 
-/// The key bits of a translation made now.
+/// The key bits of a translation made now, at `state.rip`.
 #[must_use]
 pub fn tb_flags(s: &CpuState) -> TbFlags {
     let rf = s.rflags_sys;
@@ -127,7 +127,7 @@ pub fn tb_flags(s: &CpuState) -> TbFlags {
     f |= bit(s.mxcsr & 0x1f80 != 0x1f80, TbFlags::SSE_UNMASKED);
     let masked = s.fcw & fcw::MASKS == fcw::MASKS && s.fsw & fsw::ES == 0;
     f |= bit(masked && cfg!(target_arch = "x86_64"), TbFlags::X87_HOST);
-    TbFlags(f)
+    TbFlags(f).at(s.rip)
 }
 
 /// Code size, stack size, and which segments are flat, outside 64-bit mode.

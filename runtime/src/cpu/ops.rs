@@ -4,7 +4,7 @@
 //! Place in the pipeline: helpers. Invariant: registers and flags change only when nothing can fault any more.
 #![allow(unsafe_code)] // CMPXCHG8B and CMPXCHG16B on guest RAM are host atomics
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use twofold_arch::control::{cr4, rflags};
 use twofold_arch::segment::attr;
@@ -211,6 +211,19 @@ pub fn random(v: &mut Vcpu, log2: u64, seed: bool) -> Helped {
     z ^= z >> 31;
     set_arith(v, rflags::CF, rflags::ARITH);
     Ok(truncate(z, log2))
+}
+
+/// Sets and clears bits of a byte in a descriptor table, locked (SDM Vol 3A, "Automatic Locking").
+pub(super) fn update_byte(v: &mut Vcpu, la: LinearAddr, set: u8, clear: u8) -> Result<(), Trap> {
+    if let Some((p, _)) = v.host_span(la, true, MemAs::System)? {
+        // SAFETY: a byte of guest RAM, as `host_span` says.
+        let cell = unsafe { AtomicU8::from_ptr(p) };
+        // It always has a new value.
+        let _ = cell.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |b| Some(b & !clear | set));
+        return Ok(());
+    }
+    let byte = v.read(la, 1, MemAs::System)? as u8;
+    v.write(la, 1, u64::from(byte & !clear | set), MemAs::System)
 }
 
 // ---- wide compare and exchange ------------------------------------------------------------------------------------------

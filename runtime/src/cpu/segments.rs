@@ -74,13 +74,13 @@ impl Descriptor {
         self.raw >> 54 & 1 != 0
     }
 
-    /// Sets the Accessed bit in memory when it is clear.
+    /// Sets the Accessed bit in memory when it is clear, locked.
     #[inline]
     pub fn set_accessed(&mut self, v: &mut Vcpu) -> Result<(), Trap> {
         const ACCESSED: u64 = 1 << 40;
         if self.raw & ACCESSED == 0 {
             self.raw |= ACCESSED;
-            v.write(self.at.wrapping_add(5), 1, self.raw >> 40 & 0xff, MemAs::System)?;
+            super::ops::update_byte(v, self.at.wrapping_add(5), 1, 0)?;
         }
         Ok(())
     }
@@ -286,9 +286,8 @@ pub fn ltr(v: &mut Vcpu, selector: u16) -> Result<(), Trap> {
 
 /// Sets or clears the busy bit of a TSS descriptor in memory.
 pub(super) fn set_busy(v: &mut Vcpu, d: &Descriptor, busy: bool) -> Result<(), Trap> {
-    let byte = d.raw >> 40 & 0xff;
-    let byte = if busy { byte | 2 } else { byte & !2 };
-    v.write(d.at.wrapping_add(5), 1, byte, MemAs::System)
+    let (set, clear) = if busy { (2, 0) } else { (0, 2) };
+    super::ops::update_byte(v, d.at.wrapping_add(5), set, clear)
 }
 
 // ---- probes -----------------------------------------------------------------------------------------------------------

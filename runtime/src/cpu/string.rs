@@ -237,6 +237,10 @@ impl Run {
                     if self.stops(equal) {
                         return Ok(DONE);
                     }
+                    // A breakpoint is reported after the iteration that met it, with RIP at this instruction.
+                    if v.watch.has_hits() && left != 1 {
+                        return Ok(AGAIN);
+                    }
                 }
             }
         }

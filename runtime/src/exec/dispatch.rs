@@ -56,7 +56,7 @@ pub enum RunEnd {
 enum Next {
     /// Another block of the same physical page and key bits, at this page offset.
     SamePage(u16),
-    /// `state.rip` is set; the key bits are unchanged.
+    /// `state.rip` is set; the key bits are unchanged but for those that say where the code is.
     Rip,
     /// `state.rip` is set; anything may have changed.
     Events,
@@ -292,7 +292,8 @@ impl Step {
         let blocked = vcpu.state.shadow & 2 != 0;
         let interrupted = vcpu.counters.soft_interrupts != self.interrupts;
         let mut bits = vcpu.watch.take(blocked);
-        if self.single && !blocked && !interrupted {
+        let single = vcpu.step_after.take().unwrap_or(self.single);
+        if single && !blocked && !interrupted {
             bits |= interrupt::dr6::BS;
         }
         if bits != 0 && mtf {
@@ -337,8 +338,11 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
     }
     match next {
         Next::Trap(trap) => {
-            vcpu.watch = debug::Watch::default();
+            let held = vcpu.watch.take_held();
             charge_exception(vcpu);
+            if held != 0 && vcpu.vmx.non_root {
+                return vmx::events::trap_behind_mov_ss(vcpu, trap, held);
+            }
             interrupt::deliver_trap(vcpu, trap)?;
         }
         Next::Restart => {
@@ -351,7 +355,12 @@ fn advance(vcpu: &mut Vcpu) -> Result<(), Shutdown> {
             return Ok(());
         }
         _ if alone && vcpu.vmx.transitions == world => step.end(vcpu, trap_flag)?,
-        _ => vcpu.watch = debug::Watch::default(),
+        _ => {
+            vcpu.watch = debug::Watch::default();
+            if vcpu.step_after.take() == Some(true) && vcpu.vmx.transitions == world {
+                interrupt::single_step(vcpu)?;
+            }
+        }
     }
     if trap_flag && vcpu.vmx.transitions == world {
         vcpu.vmx.mtf_pending = true;
@@ -400,7 +409,12 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
     if let Some(code) = known_code(vcpu, flags) {
         vcpu.enter_phase(Phase::Code);
         match run_code(vcpu, code) {
-            Next::Rip => flags = TbFlags(vcpu.state.tb_flags),
+            Next::Rip => {
+                flags = TbFlags(vcpu.state.tb_flags);
+                if flags.at(vcpu.state.rip) != flags {
+                    return Next::Rip;
+                }
+            }
             other => return other,
         }
     } else {
@@ -447,7 +461,7 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
         };
         let found = match next {
             Next::SamePage(off) if !flags.has(TbFlags::ONE_INSN) => same_page(vcpu, id, off, flags),
-            Next::Rip if !flags.has(TbFlags::ONE_INSN) => locate(vcpu, flags),
+            Next::Rip if !flags.has(TbFlags::ONE_INSN) && flags.at(vcpu.state.rip) == flags => locate(vcpu, flags),
             Next::SamePage(off) => {
                 set_rip(vcpu, i32::from(off));
                 return Next::Events;

@@ -68,7 +68,8 @@ fn perform(vcpu: &mut Vcpu, la: LinearAddr, info: MemInfo, lo: u64, hi: u64) -> 
         AccessKind::Load => {
             vcpu.counters.slow_reads += 1;
             if flags.has(MemFlags::WRITE_INTENT) {
-                vcpu.resolve_write(la, size, mode, stack)?;
+                // What is done between such a load and its store is not done twice.
+                guard_running_block(vcpu, la, size, mode, stack)?;
             }
             if whole == 32 {
                 vcpu.read_bytes_mode(la, &mut [0; 32], mode, stack)?;

@@ -11,7 +11,7 @@ use twofold_arch::vmx::{ExitReason, Field, InterruptionInfo};
 use super::{Cause, PendingExit};
 use crate::cpu::interrupt;
 use crate::platform::signal;
-use crate::vcpu::{Shutdown, Vcpu};
+use crate::vcpu::{Shutdown, Trap, Vcpu};
 
 /// A preemption timer that runs out sooner than this cuts the slice.
 pub const SHORT_NS: u64 = 400_000;
@@ -145,6 +145,21 @@ fn inject(v: &mut Vcpu, info: InterruptionInfo) -> Result<(), Shutdown> {
 pub fn leave_pending(v: &mut Vcpu, bits: u64) {
     let enabled = if bits & pending_debug::B != 0 { pending_debug::ENABLED_BREAKPOINT } else { 0 };
     v.vmx.pending_debug |= bits & (pending_debug::B | pending_debug::BS) | enabled;
+}
+
+/// What abandoned an instruction behind a load of SS that a data breakpoint waits for: a VM exit finds `held` pending, and an
+/// exception that does not exit drops it.
+///
+/// # Errors
+/// Shutdown.
+pub fn trap_behind_mov_ss(v: &mut Vcpu, trap: Trap, held: u64) -> Result<(), Shutdown> {
+    let (before, world) = (v.vmx.pending_debug, v.vmx.transitions);
+    leave_pending(v, held);
+    interrupt::deliver_trap(v, trap)?;
+    if v.vmx.transitions == world {
+        v.vmx.pending_debug = before;
+    }
+    Ok(())
 }
 
 /// Delivers a debug exception that is pending.

@@ -1,6 +1,8 @@
 //! Tests of the system side of the processor: a vCPU with a few MiB of memory, no translated code, expectations from the SDM.
 
+mod branch;
 mod control;
+mod debug;
 mod deliver;
 mod legacy;
 mod ops;

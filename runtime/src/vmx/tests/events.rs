@@ -262,3 +262,26 @@ fn g5_pending_debug_exceptions() {
     assert_eq!((get(&v, Field::ExitQualification), get(&v, Field::GuestRip)), (1 << 14, CODE));
     assert_eq!(v.state.dr[6] & 1 << 14, 0);
 }
+
+/// A data breakpoint that MOV SS has put off is pending when the next instruction exits (SDM Vol 3C, "Saving Non-Register State").
+#[test]
+fn g5_a_breakpoint_behind_mov_ss_is_pending_at_the_exit() {
+    use twofold_arch::vmx::event::{interruptibility, pending_debug};
+    let mut v = with_guest();
+    poke64(&v, 0x7_0000, u64::from(KERNEL_DS));
+    // mov ss, [0x70000]; cpuid
+    code(&v, &[0x8e, 0x14, 0x25, 0, 0, 7, 0, 0x0f, 0xa2]);
+    set_bits(&mut v, Field::EntryControls, entry::LOAD_DEBUG_CONTROLS);
+    set(&mut v, Field::GuestDr7, 0x3_0402);
+    v.state.dr[0] = 0x7_0000;
+    assert_eq!(go(&mut v), ExitReason::Cpuid);
+    let pending = get(&v, Field::GuestPendingDebug);
+    assert_eq!(pending, 1 | pending_debug::ENABLED_BREAKPOINT);
+    assert_eq!(get(&v, Field::GuestInterruptibility), u64::from(interruptibility::MOV_SS));
+    // It comes after the instruction that L1 has emulated.
+    skip(&mut v);
+    set(&mut v, Field::GuestInterruptibility, 0);
+    poke(&v, crate::cpu::tests::HANDLERS + 16, &[0x0f, 0xa2]);
+    assert_eq!(go(&mut v), ExitReason::Cpuid);
+    assert_eq!((get(&v, Field::GuestRip), v.state.dr[6] & 0xf), (crate::cpu::tests::HANDLERS + 16, 1));
+}
