@@ -14,9 +14,12 @@ mod int;
 mod mem;
 mod region;
 mod vec;
+mod wide;
 
 pub(crate) use exit::raise_word;
 pub(crate) use region::{LoweredRegion, lower_region};
+
+use std::collections::HashMap;
 
 use cranelift_codegen::cursor::{Cursor, FuncCursor};
 use cranelift_codegen::ir::immediates::{Imm64, Offset32};
@@ -114,6 +117,9 @@ struct Lowering<'a> {
     trusted: MemFlags,
     guest: MemFlags,
     signatures: Vec<(Shape, cranelift_codegen::ir::SigRef)>,
+    /// What of the block is computed together, and what of it has been.
+    fused: HashMap<usize, wide::Fused>,
+    done: Vec<usize>,
 }
 
 /// Fills `func` (cleared) with the block's CLIF.
@@ -136,14 +142,29 @@ pub(crate) fn lower(func: &mut Function, block: &Block, buf: &mut Buffers) -> Re
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
-    let mut l = Lowering { cur, block, buf, out: &mut out, state, full, trusted, guest, signatures: Vec::new() };
+    let mut l = Lowering {
+        cur,
+        block,
+        buf,
+        out: &mut out,
+        state,
+        full,
+        trusted,
+        guest,
+        signatures: Vec::new(),
+        fused: HashMap::new(),
+        done: Vec::new(),
+    };
+    l.plan();
     let mut next_insn = 0;
     for (i, op) in block.ops.iter().enumerate() {
         while block.insns.get(next_insn).is_some_and(|insn| insn.first as usize <= i) {
             l.cur.set_srcloc(SourceLoc::new(next_insn as u32));
             next_insn += 1;
         }
-        l.op(i, op)?;
+        if !l.fuse(i)? {
+            l.op(i, op)?;
+        }
     }
     // Instructions without ops of their own, like a jump: the exit is theirs.
     if next_insn < block.insns.len() {

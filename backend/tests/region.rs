@@ -359,6 +359,7 @@ fn carry_chains() {
         memory: CodeMemory::new(8 << 20).expect("code memory"),
     };
     let (mut passes, mut chained) = (Passes::default(), [0; 2]);
+    let mut quick = common::Rig::new(Options { probe: Probe::Inline, verify: true });
     for seed in 0..400 {
         let raw = chain(&mut Rng(seed * 77 + 5));
         let mut b = raw.clone();
@@ -370,6 +371,13 @@ fn carry_chains() {
             (s.gpr, twofold_arch::flags::arith_flags(CcOp(s.cc_op as u8), s.cc_dst, s.cc_src, s.cc_src2))
         };
         assert_eq!(outcome(&raw), outcome(&b), "the passes: {seed}\n{raw}{b}");
+        let mut m = Machine::new(seed);
+        m.state.tb_flags = b.flags.0;
+        let one = quick.install(&b);
+        assert!(matches!(enter(&mut m, one.entry), Leave::Unlinked { .. }));
+        let s = &m.state;
+        let did = (s.gpr, twofold_arch::flags::arith_flags(CcOp(s.cc_op as u8), s.cc_dst, s.cc_src, s.cc_src2));
+        assert_eq!(did, outcome(&b), "the quick tier: {seed}\n{b}");
         let b = [b];
         let tb = rig.compiler.compile(&b, None, None).expect("code").listing();
         chained[0] += usize::from(tb.contains(" adc "));

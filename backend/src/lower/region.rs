@@ -11,7 +11,6 @@
 mod live;
 mod mem;
 mod slots;
-mod wide;
 mod windows;
 
 use std::collections::HashMap;
@@ -172,9 +171,6 @@ struct RegionLowering<'a> {
     /// Each of its values as something and a distance from it.
     places: Vec<Place>,
     windows: HashMap<usize, Clif>,
-    /// What of the block is computed together, and what of it has been.
-    fused: HashMap<usize, wide::Fused>,
-    done: Vec<usize>,
     /// Flags of accesses to guest memory and to the softmmu tables.
     guest: MemFlagsData,
     tlb: MemFlagsData,
@@ -209,8 +205,19 @@ pub(crate) fn lower_region(
     let mut cur = FuncCursor::new(func);
     cur.goto_bottom(entry);
     cur.set_srcloc(SourceLoc::new(0));
-    let l =
-        Lowering { cur, block: root, buf, out: &mut out, state, full, trusted, guest: vector, signatures: Vec::new() };
+    let l = Lowering {
+        cur,
+        block: root,
+        buf,
+        out: &mut out,
+        state,
+        full,
+        trusted,
+        guest: vector,
+        signatures: Vec::new(),
+        fused: HashMap::new(),
+        done: Vec::new(),
+    };
     let mut r = RegionLowering {
         l,
         blocks,
@@ -230,8 +237,6 @@ pub(crate) fn lower_region(
         roles: Vec::new(),
         places: Vec::new(),
         windows: HashMap::new(),
-        fused: HashMap::new(),
-        done: Vec::new(),
         guest: unaligned.with_alias_region(of_guest),
         tlb: MemFlagsData::trusted().with_alias_region(of_tlb),
     };
@@ -331,8 +336,7 @@ impl RegionLowering<'_> {
         self.l.block = b;
         (self.roles, self.places) = windows::plan(b);
         self.windows.clear();
-        self.fused = wide::plan(b);
-        self.done.clear();
+        self.l.plan();
         for list in [&mut self.l.buf.values, &mut self.l.buf.wide] {
             list.clear();
             list.resize(b.ops.len(), None);
@@ -387,7 +391,7 @@ impl RegionLowering<'_> {
     }
 
     fn op(&mut self, i: usize, op: &Op) -> Result<(), CompileError> {
-        if self.done.contains(&i) || self.fuse(i)? {
+        if self.l.fuse(i)? {
             return Ok(());
         }
         match *op {

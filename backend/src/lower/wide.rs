@@ -1,6 +1,6 @@
 //! Ops that are one in 128 bits: additions and subtractions whose carry another one takes in, and both halves of a product.
 //!
-//! Part of region lowering. The IR has a carry as a comparison (`sum < operand`) that is added as a number. A 128-bit addition of
+//! Place in the pipeline: looked for before a block is lowered, in both tiers. The IR has a carry as a comparison (`sum < operand`) that is added as a number. A 128-bit addition of
 //! Cranelift's is an ADD and an ADC, so the operations that belong together become one: where the low half is, if the operands of
 //! the high half are known there; else a low half is made up that carries when the number is 1. The carry out is SETB of the same.
 //! A product is one MUL. (Not so a signed one: its upper half mostly is for flags that only cold code looks at.)
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use cranelift_codegen::ir::{InstBuilder, Value as Clif, types};
 use twofold_ir::{BinOp, Block, IntCc, Op, Ty, Value};
 
-use super::RegionLowering;
+use super::Lowering;
 use crate::compiler::CompileError;
 
 /// An addition or subtraction with a carry in.
@@ -46,7 +46,15 @@ pub(super) struct Sum {
 }
 
 /// By the index of the op where they are computed.
-pub(super) fn plan(block: &Block) -> HashMap<usize, Fused> {
+fn plan(block: &Block) -> HashMap<usize, Fused> {
+    // What all of them have.
+    let wide = |op: &Op| {
+        matches!(op, Op::Zext { to: Ty::I64, a } if block.ty(*a) == Ty::I8)
+            || matches!(op, Op::Bin { op: BinOp::UMulHi, ty: Ty::I64, .. })
+    };
+    if !block.ops.iter().any(wide) {
+        return HashMap::new();
+    }
     let mut fused: HashMap<usize, Sum> = HashMap::new();
     let mut products: HashMap<(Value, Value), (usize, Option<usize>)> = HashMap::new();
     let mut chained: HashMap<usize, Chained> = HashMap::new();
@@ -165,58 +173,67 @@ fn carry_out(block: &Block, chained: &HashMap<usize, Chained>, i: usize) -> Opti
     chained.iter().filter(|(_, c)| of(c)).map(|(&r, _)| r).min()
 }
 
-impl RegionLowering<'_> {
-    /// Computes what is planned at op `i`. `true` if that is the op itself.
+impl Lowering<'_> {
+    /// Looks for what can be computed together in the block that is to be lowered.
+    pub(super) fn plan(&mut self) {
+        self.fused = plan(self.block);
+        self.done.clear();
+    }
+
+    /// Computes what is planned at op `i`. `true` if that is the op itself, or it has been computed before.
     pub(super) fn fuse(&mut self, i: usize) -> Result<bool, CompileError> {
+        if self.done.contains(&i) {
+            return Ok(true);
+        }
         let f = match self.fused.get(&i) {
             Some(&Fused::Sum(f)) => f,
             Some(&Fused::Product(a, b, high)) => return self.product(i, a, b, high),
             None => return Ok(false),
         };
-        let zero = self.l.const64(0);
+        let zero = self.const64(0);
         let (x, y) = match f.low {
-            Ok((x, y)) => (self.l.get(x)?, self.l.get(y)?),
-            Err(number) if f.sub => (zero, self.l.get(number)?),
-            Err(number) => (self.l.get(number)?, self.l.const64(u64::MAX)),
+            Ok((x, y)) => (self.get(x)?, self.get(y)?),
+            Err(number) if f.sub => (zero, self.get(number)?),
+            Err(number) => (self.get(number)?, self.const64(u64::MAX)),
         };
-        let (a, b) = (self.l.get(f.a)?, f.b.map_or(Ok(zero), |b| self.l.get(b))?);
+        let (a, b) = (self.get(f.a)?, f.b.map_or(Ok(zero), |b| self.get(b))?);
         let imm = f.b.is_none() && f.out.is_none();
         let x = self.wide(x, a);
-        let y = if imm { self.l.cur.ins().uextend(types::I128, y) } else { self.wide(y, b) };
-        let ins = self.l.cur.ins();
+        let y = if imm { self.cur.ins().uextend(types::I128, y) } else { self.wide(y, b) };
+        let ins = self.cur.ins();
         let sum = match (f.out, f.sub) {
             (None, false) => ins.iadd(x, y),
             (None, true) => ins.isub(x, y),
             (Some(out), sub) => {
                 let (sum, carry) = if sub { ins.usub_overflow(x, y) } else { ins.uadd_overflow(x, y) };
-                self.l.set(out, carry);
+                self.set(out, carry);
                 self.done.push(out);
                 sum
             }
         };
-        let (low, high) = self.l.cur.ins().isplit(sum);
-        self.l.set(f.high, high);
+        let (low, high) = self.cur.ins().isplit(sum);
+        self.set(f.high, high);
         if f.low.is_ok() {
-            self.l.set(i, low);
+            self.set(i, low);
         }
         self.done.push(f.high);
         Ok(true)
     }
 
     fn product(&mut self, i: usize, a: Value, b: Value, high: usize) -> Result<bool, CompileError> {
-        let (a, b) = (self.l.get(a)?, self.l.get(b)?);
-        let a = self.l.cur.ins().uextend(types::I128, a);
-        let b = self.l.cur.ins().uextend(types::I128, b);
-        let product = self.l.cur.ins().imul(a, b);
-        let (low, hi) = self.l.cur.ins().isplit(product);
-        self.l.set(i, low);
-        self.l.set(high, hi);
+        let (a, b) = (self.get(a)?, self.get(b)?);
+        let a = self.cur.ins().uextend(types::I128, a);
+        let b = self.cur.ins().uextend(types::I128, b);
+        let product = self.cur.ins().imul(a, b);
+        let (low, hi) = self.cur.ins().isplit(product);
+        self.set(i, low);
+        self.set(high, hi);
         self.done.push(high);
         Ok(true)
     }
 
     fn wide(&mut self, low: Clif, high: Clif) -> Clif {
-        debug_assert_eq!(self.l.cur.func.dfg.value_type(low), types::I64);
-        self.l.cur.ins().iconcat(low, high)
+        debug_assert_eq!(self.cur.func.dfg.value_type(low), types::I64);
+        self.cur.ins().iconcat(low, high)
     }
 }
