@@ -24,6 +24,12 @@ impl<T: Copy> RawArray<T> {
         Ok(Self { map, len, _of: std::marker::PhantomData })
     }
 
+    /// Asks the host for large pages in what is written from now on.
+    pub fn want_huge(&self) {
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(memmap2::Advice::HugePage);
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }

@@ -74,6 +74,8 @@ const _: () = assert!(ENTRY == 32);
 pub(crate) const MIN_ENTRIES: usize = 512;
 /// Entries in a table at most in machines with little memory.
 const FEW_ENTRIES: usize = 1 << 16;
+/// Entries in a table that is so large that more of it had better be in large pages of the host.
+const HUGE_ENTRIES: usize = 1 << 15;
 /// Entries in a table at most.
 const MAX_ENTRIES: usize = 1 << 20;
 
@@ -272,6 +274,10 @@ impl Table {
         // Pages that meet in one place of a table that is all but empty are as likely to meet in a larger one.
         if self.size >= self.entries.len() || self.live < self.size / 16 {
             return false;
+        }
+        if self.size == HUGE_ENTRIES {
+            // Its entries are read at random: fewer host TLB misses.
+            self.entries.want_huge();
         }
         self.resize(self.size * 2);
         true

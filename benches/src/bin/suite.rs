@@ -16,9 +16,9 @@ const HELP: &str = "suite: benchmarks by class in twofold, QEMU TCG and natively
   --repeat N        warm runs of each program in a round (default 3)
   --only A,B        only these programs or classes
   --scale PERCENT   more or less work a run (default 100)
-  --footprint       instead: time against code and data footprint
-  --max-kib N       largest footprint (default: 65536 of code, 524288 of data)
-  --memory SIZE     of the guests (default 1024M)
+  --footprint       instead: time against code and data footprint; one of them with --only code, --only data
+  --max-kib N       largest footprint (default: 65536 of code, 4194304 of data)
+  --memory SIZE     of the guests (default 1024M; for footprints of data 5120M)
   --guests DIR      default: $TWOFOLD_GUESTS, or target/guests; filled by tools/guests/fetch
   --twofold FILE    default: built by cargo, next to this program
   --qemu FILE       default: qemu-system-x86_64; `none` leaves it out
@@ -37,7 +37,7 @@ struct Options {
     guest: Vec<String>,
     footprint: bool,
     max_kib: Option<String>,
-    memory: String,
+    memory: Option<String>,
     guests: PathBuf,
     twofold: PathBuf,
     qemu: Option<PathBuf>,
@@ -57,7 +57,7 @@ fn options() -> Result<Options, String> {
         guest: Vec::new(),
         footprint: false,
         max_kib: None,
-        memory: "1024M".to_owned(),
+        memory: None,
         guests,
         twofold: PathBuf::new(),
         qemu: None,
@@ -75,7 +75,7 @@ fn options() -> Result<Options, String> {
             "--repeat" | "--only" | "--scale" => o.guest.extend([arg.clone(), value()?]),
             "--footprint" => o.footprint = true,
             "--max-kib" => o.max_kib = Some(value()?),
-            "--memory" => o.memory = value()?,
+            "--memory" => o.memory = Some(value()?),
             "--guests" => o.guests = value()?.into(),
             "--twofold" => twofold = Some(PathBuf::from(value()?)),
             "--qemu" => qemu = value()?,
@@ -120,17 +120,20 @@ impl Suite<'_> {
         // A frequency that is told need not be measured: QEMU's microvm cannot when the machine is busy.
         let khz = image::tsc_khz().filter(|_| system == System::Qemu);
         let told = khz.map_or(String::new(), |khz| format!("tsc_early_khz={khz} tsc=reliable "));
+        // The largest footprints of data, and a kernel around them.
+        let default = if job.first().is_some_and(|kind| kind == "data") { "5120M" } else { "1024M" };
+        let memory = o.memory.as_deref().unwrap_or(default);
         let append = format!("console=ttyS0 quiet reboot=t {told}job={}", job.join("+"));
         match system {
             System::Twofold => {
                 let mut c = Command::new(&o.twofold);
                 c.arg("run").arg("--kernel").arg(&self.kernel).arg("--initrd").arg(&self.initrd);
-                c.args(["--append", &append, "--memory", &o.memory]).args(&o.more);
+                c.args(["--append", &append, "--memory", memory]).args(&o.more);
                 Some(c)
             }
             System::Qemu => {
                 let mut c = Command::new(o.qemu.as_ref()?);
-                c.args(["-M", "microvm", "-accel", "tcg", "-cpu", "max", "-m", &o.memory, "-nographic", "-no-reboot"]);
+                c.args(["-M", "microvm", "-accel", "tcg", "-cpu", "max", "-m", memory, "-nographic", "-no-reboot"]);
                 c.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initrd).args(["-append", &append]);
                 Some(c)
             }
@@ -263,19 +266,24 @@ fn footprint(o: &Options, suite: &Suite) -> Result<bool, String> {
         let kib = o.max_kib.clone().unwrap_or_else(|| default.to_owned());
         vec![kind.to_owned(), "--max-kib".to_owned(), kib]
     };
-    let all = suite.rounds(&[job("code", "65536"), job("data", "524288")]);
-    let mut text = format!("{}\n", title(&head(o)));
-    for (kind, phases, what) in [
-        ("code", &["first", "later"][..], "Time an instruction against hot code"),
-        ("data", &["later"][..], "Time an access against data"),
-    ] {
+    let only = o.guest.iter().skip_while(|a| *a != "--only").nth(1);
+    let wanted: Vec<_> = [
+        ("code", "65536", &["first", "later"][..], "Time an instruction against hot code"),
+        ("data", "4194304", &["later"][..], "Time an access against data"),
+    ]
+    .into_iter()
+    .filter(|w| only.is_none_or(|kind| kind == w.0))
+    .collect();
+    let jobs: Vec<_> = wanted.iter().map(|&(kind, most, ..)| job(kind, most)).collect();
+    let all = suite.rounds(&jobs);
+    for (kind, _, phases, what) in wanted {
         let curves: Vec<chart::Curve> = System::ALL
             .iter()
             .flat_map(|&s| phases.iter().map(move |&p| (s, p)))
             .map(|(s, p)| (format!("{}, {p}", s.name()), all.curve(s, kind, p)))
             .filter(|c| !c.1.is_empty())
             .collect();
-        text.push_str(&format!("\n{what}, ns:\n\n| KiB |"));
+        let mut text = format!("{}\n\n{what}, ns:\n\n| KiB |", title(&head(o)));
         curves.iter().for_each(|c| text.push_str(&format!(" {} |", c.0)));
         text.push_str(&format!("\n|--:|{}\n", "--:|".repeat(curves.len())));
         for &(kib, _) in curves.first().map_or(&[][..], |c| &c.1) {
@@ -286,13 +294,11 @@ fn footprint(o: &Options, suite: &Suite) -> Result<bool, String> {
             }
             text.push('\n');
         }
+        println!("{text}");
         if o.write {
+            put(&format!("footprint-{kind}"), &text)?;
             save(&format!("benchmarks-{kind}.svg"), &chart::curves(what, "ns", &curves))?;
         }
-    }
-    println!("{text}");
-    if o.write {
-        put("footprint", &text)?;
     }
     Ok(true)
 }

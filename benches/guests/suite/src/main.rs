@@ -146,7 +146,7 @@ fn main() {
             run(number("--repeat", 3) as u32, &only, number("--scale", 100));
         }
         Some("code") => footprint::code(number("--max-kib", 65536), number("--instructions", 30_000_000)),
-        Some("data") => footprint::data(number("--max-kib", 1 << 20), number("--accesses", 4_000_000)),
+        Some("data") => footprint::data(number("--max-kib", 4 << 20), number("--accesses", 4_000_000)),
         Some("list") => PROGRAMS.iter().for_each(|p| println!("{}/{}", p.class, p.name)),
         Some("nothing") => {}
         _ => {
