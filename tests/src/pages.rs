@@ -1,5 +1,5 @@
-//! Random machines: pages of random code, in random modes, with random page tables and descriptor tables. Nothing is expected of
-//! them but that L0 stays up: no panic, no end but the documented ones.
+//! Random machines: pages of random code, in random modes, with random page tables and descriptor tables, and in system-management
+//! mode and back. Nothing is expected of them but that L0 stays up: no panic, no end but the documented ones.
 //!
 //! One [`Pages`] serves the test with its fixed seed and the long run (`examples/pages.rs`).
 
@@ -15,7 +15,7 @@ use twofold_mmu::{CodePages, FlushPolicy, GuestRam, LegacyHole, Mmu, PhysMap};
 use twofold_runtime::config::{Control, Tier};
 use twofold_runtime::cpu::{self, ColdState, CpuModel};
 use twofold_runtime::exec::{self, Jit, RunEnd};
-use twofold_runtime::platform::{Clock, Platform, Setup};
+use twofold_runtime::platform::{Clock, Platform, Setup, smi};
 use twofold_runtime::{Shared, Vcpu};
 
 use crate::generate::encode;
@@ -67,6 +67,9 @@ impl Pages {
         let mut v = self.machine(tier);
         self.fill(&mut v);
         self.registers(&mut v);
+        if self.rng.below(4) == 0 {
+            self.system_management(&mut v);
+        }
         let control = Control::default();
         v.in_turn = true;
         self.tally.machines += 1;
@@ -98,6 +101,24 @@ impl Pages {
         v.cold = ColdState::new(1);
         cpu::reset(&mut v);
         v
+    }
+
+    /// An SMI before the first instruction, whose handler damages what it returns to.
+    fn system_management(&mut self, v: &mut Vcpu) {
+        v.smm.base = self.rng.below(RAM - 0x1_0000) as u32 & !0xf;
+        let base = u64::from(v.smm.base);
+        let mut handler = Vec::new();
+        for _ in 0..self.rng.below(3) {
+            // mov dword [somewhere in the save area], something
+            let at = base + 0xfe00 + (self.rng.below(0x200) & !3);
+            handler.extend([0x66, 0x67, 0xc7, 0x05]);
+            handler.extend((at as u32).to_le_bytes());
+            handler.extend((self.rng.next() as u32 & self.rng.next() as u32).to_le_bytes());
+        }
+        handler.extend([0x0f, 0xaa]);
+        v.shared.map.write(PhysAddr(base + 0x8000), &handler);
+        v.io_write(smi::FIRST_PORT, 1, 0x21);
+        v.io_write(smi::COMMAND_PORT, 1, 0);
     }
 
     /// Memory: paging structures, then code, then anything.
@@ -167,7 +188,7 @@ impl Pages {
             & (cr4::VME | cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::UMIP | cr4::DE | cr4::PKE)
             | cr4::OSFXSR
             | cr4::OSXSAVE;
-        s.xcr0 = 7;
+        s.xcr0 = if r & 0x400 == 0 { 7 } else { 0x207 };
         s.rflags_sys = self.rng.next() & (rflags::IF | rflags::AC | rflags::RF | rflags::TF & (r << 3));
         s.cpl = 0;
         s.cr3 = (1 + self.rng.below(TABLES)) << 12;
