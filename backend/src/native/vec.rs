@@ -2,7 +2,8 @@
 //!
 //! Place in the pipeline: what [`super::Native`] gives for vector ops. Operands are in XMM0, XMM1, XMM2 and RSI, the result in XMM0 or
 //! RAX (of SHA256RNDS2 in XMM1, with its third operand in XMM0); nothing else changes. NaNs, MXCSR flags and
-//! out-of-range conversions are so the host's own. The assembler makes the code; an immediate is its last byte.
+//! out-of-range conversions are so the host's own. The assembler makes the code; an immediate is its last byte, or the one that
+//! is [`MARK`].
 #![allow(unsafe_code)] // assembly, and the bytes that it made
 
 use std::arch::is_x86_feature_detected as has;
@@ -12,9 +13,19 @@ use twofold_ir::VecOp;
 struct Row {
     op: VecOp,
     feature: Feature,
-    /// The last byte is the immediate.
-    imm: bool,
+    imm: Imm,
 }
+
+/// Where a row's immediate is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Imm {
+    None,
+    Last,
+    Marked,
+}
+
+/// Stands for an immediate in the code.
+const MARK: u8 = 0xa5;
 
 /// What the host must have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,10 +59,13 @@ impl Feature {
 
 macro_rules! imm {
     (imm) => {
-        true
+        Imm::Last
+    };
+    (mid) => {
+        Imm::Marked
     };
     (op) => {
-        false
+        Imm::None
     };
 }
 
@@ -106,10 +120,13 @@ pub(crate) fn code(op: VecOp, imm: u8) -> Vec<u8> {
         let [start, len] = twofold_native_table[n];
         std::slice::from_raw_parts((&raw const twofold_native_start).add(start as usize), len as usize).to_vec()
     };
-    if ROWS[n].imm
-        && let Some(last) = code.last_mut()
-    {
-        *last = imm;
+    let place = match ROWS[n].imm {
+        Imm::None => None,
+        Imm::Last => code.last_mut(),
+        Imm::Marked => code.iter_mut().find(|b| **b == MARK),
+    };
+    if let Some(place) = place {
+        *place = imm;
     }
     code
 }
@@ -323,6 +340,13 @@ natives! {
         op Cvttsd2si64 "cvttsd2si rax, xmm0";
         op Pcmpeqq "pcmpeqq xmm0, xmm1";
         op Pcmpgtq "pcmpgtq xmm0, xmm1";
+        mid PcmpistrIndex "push rcx\npcmpistri xmm0, xmm1, 0xa5\nmov eax, ecx\npop rcx";
+        imm PcmpistrMask "pcmpistrm xmm0, xmm1, 0";
+        mid PcmpistrFlags "push rcx\npcmpistri xmm0, xmm1, 0xa5\npop rcx\nlahf\nseto al\nxchg al, ah\nshl ah, 3\nand eax, 0x8c1";
+        // With REX.W: the lengths have 64 bits. Of 32 bits they have been sign-extended.
+        mid PcmpestrIndex "push rcx\npush rdx\nmovq rax, xmm2\npextrq rdx, xmm2, 1\n.byte 0x66, 0x48, 0x0f, 0x3a, 0x61, 0xc1, 0xa5\nmov eax, ecx\npop rdx\npop rcx";
+        mid PcmpestrFlags "push rcx\npush rdx\nmovq rax, xmm2\npextrq rdx, xmm2, 1\n.byte 0x66, 0x48, 0x0f, 0x3a, 0x61, 0xc1, 0xa5\npop rdx\npop rcx\nlahf\nseto al\nxchg al, ah\nshl ah, 3\nand eax, 0x8c1";
+        mid PcmpestrMask "push rax\npush rdx\nmovq rax, xmm2\npextrq rdx, xmm2, 1\n.byte 0x66, 0x48, 0x0f, 0x3a, 0x60, 0xc1, 0xa5\npop rdx\npop rax";
         imm Mpsadbw "mpsadbw xmm0, xmm1, 0";
         imm Insertps "insertps xmm0, xmm1, 0";
         imm Cmpps "cmpps xmm0, xmm1, 0";
