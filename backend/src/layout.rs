@@ -69,6 +69,7 @@ pub const MEM_RESULT: usize = offset_of!(CpuState, mem_result);
 pub const EXEC_COUNTS: usize = offset_of!(CpuState, exec_counts);
 pub const HELPERS: usize = offset_of!(CpuState, helpers);
 pub const CC_OP: usize = offset_of!(CpuState, cc_op);
+pub const CC_DST: usize = offset_of!(CpuState, cc_dst);
 pub const CC_SRC: usize = offset_of!(CpuState, cc_src);
 pub const X87_LIVE: usize = offset_of!(CpuState, x87_live);
 pub const FAULT_PENDING: usize = offset_of!(CpuState, fault) + offset_of!(FaultRecord, pending);
