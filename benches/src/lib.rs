@@ -79,6 +79,8 @@ pub fn measure(command: &mut Command, marker: &str, limit: Duration) -> std::io:
     };
     let (wall, cpu) = (start.elapsed(), cpu_of_children().saturating_sub(before));
     let (stdout, marker) = stdout.join().unwrap_or_default();
+    // It was written before the end, however late it was read.
+    let marker = marker.map(|m| m.min(wall));
     let stderr = stderr.join().unwrap_or_default();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok(Run { wall, marker, cpu, peak_rss, status: status.code(), stdout: text(stdout), stderr: text(stderr) })
