@@ -511,6 +511,21 @@ fn single_step() {
     }
 }
 
+/// Masks the PICs, as the timer that a BIOS leaves running must not interfere, and enables the local APIC in x2APIC mode.
+fn use_x2apic_alone(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(al, 0xff)?;
+    a.out(0x21, al)?;
+    a.out(0xa1, al)?;
+    a.mov(ecx, 0x1b)?;
+    a.rdmsr()?;
+    a.or(eax, 0xc00)?;
+    a.wrmsr()?;
+    a.mov(ecx, 0x80f)?;
+    a.xor(edx, edx)?;
+    a.mov(eax, 0x1ff)?;
+    a.wrmsr()
+}
+
 /// STI holds interrupts off for one instruction, POPF does not; CLI behind STI wins; HLT ends by the interrupt.
 #[test]
 fn interrupts_come_at_the_right_instruction() {
@@ -524,19 +539,7 @@ fn interrupts_come_at_the_right_instruction() {
             a.mov(eax, 0x41)?;
             a.wrmsr()
         };
-        // The timer that a BIOS leaves running must not interfere.
-        a.mov(al, 0xff)?;
-        a.out(0x21, al)?;
-        a.out(0xa1, al)?;
-        // x2APIC mode, enabled.
-        a.mov(ecx, 0x1b)?;
-        a.rdmsr()?;
-        a.or(eax, 0xc00)?;
-        a.wrmsr()?;
-        a.mov(ecx, 0x80f)?;
-        a.xor(edx, edx)?;
-        a.mov(eax, 0x1ff)?;
-        a.wrmsr()?;
+        use_x2apic_alone(a)?;
 
         ipi(a)?;
         a.sti()?;
@@ -590,17 +593,7 @@ fn an_iret_lets_in_the_interrupt_that_waits() {
     let mut g = Guest::new(Bits::B64);
     let (back, code) = g.assemble(CODE, |a| {
         let (mut again, mut back) = (a.create_label(), a.create_label());
-        a.mov(al, 0xff)?;
-        a.out(0x21, al)?;
-        a.out(0xa1, al)?;
-        a.mov(ecx, 0x1b)?;
-        a.rdmsr()?;
-        a.or(eax, 0xc00)?;
-        a.wrmsr()?;
-        a.mov(ecx, 0x80f)?;
-        a.xor(edx, edx)?;
-        a.mov(eax, 0x1ff)?;
-        a.wrmsr()?;
+        use_x2apic_alone(a)?;
         a.mov(r12d, TIMES)?;
         a.set_label(&mut again)?;
         a.cli()?;

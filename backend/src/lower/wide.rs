@@ -1,8 +1,9 @@
 //! Ops that are one in 128 bits: additions and subtractions whose carry another one takes in, and both halves of a product.
 //!
-//! Place in the pipeline: looked for before a block is lowered, in both tiers. The IR has a carry as a comparison (`sum < operand`) that is added as a number. A 128-bit addition of
-//! Cranelift's is an ADD and an ADC, so the operations that belong together become one: where the low half is, if the operands of
-//! the high half are known there; else a low half is made up that carries when the number is 1. The carry out is SETB of the same.
+//! Place in the pipeline: looked for before a block is lowered, in both tiers. The IR has a carry as a comparison (`sum < operand`)
+//! that is added as a number. A 128-bit addition of Cranelift's is an ADD and an ADC, so the operations that belong together become
+//! one: where the low half is, if the operands of the high half are known there; else a low half is made up that carries when the
+//! number is 1. The carry out is SETB of the same.
 //! A product is one MUL. (Not so a signed one: its upper half mostly is for flags that only cold code looks at.)
 
 use std::collections::HashMap;

@@ -1,9 +1,9 @@
 //! Guest memory accesses of a region: the probe in line, the slow path in a cold block that writes back dirty registers first.
 //!
-//! Part of region lowering. The slow path is a thunk's call, which keeps every register. Loads and stores themselves lie
-//! behind the join of both ways, once: what the slow path has loaded, or a place for what it has stored already, is in the
-//! state, and the join is told where. In a block of its own on the way of a hit, a store would keep what it stores from being seen by
-//! the code that follows, and Cranelift would compute that again there.
+//! Part of region lowering. The slow path is a thunk's call, which keeps every register. Stores, and loads that probe for
+//! themselves, lie behind the join of both ways, once: what the slow path has loaded, or a place for what it has stored already, is
+//! in the state, and the join is told where. In a block of its own on the way of a hit, a store would keep what it stores from being
+//! seen by the code that follows, and Cranelift would compute that again there. A load of a window lies on the way of a hit.
 
 use cranelift_codegen::cursor::Cursor;
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -60,7 +60,7 @@ impl RegionLowering<'_> {
             return Probed { host, addend, slow, next, info, opens: None };
         }
         let view = layout::tlb_view(info.mode() as usize);
-        // In this order, and the tag next to what uses it, so that Cranelift makes mask and tag memory operands.
+        // The tag is loaded next to what uses it, so that Cranelift makes it a memory operand.
         let table = self.l.load_state(types::I64, view + layout::VIEW_TABLE);
         let index = self.l.cur.ins().ushr_imm_u(addr, i64::from(layout::TLB_SHIFT));
         let mask = self.l.load_state(types::I64, view + layout::VIEW_MASK);
@@ -152,13 +152,7 @@ impl RegionLowering<'_> {
         let (role, vector) = (self.roles[i], ty == Ty::V128);
         let alone = role == Role::Alone;
         // Where the addend lives on, the value is what both ways bring: another copy of the addend costs an instruction.
-        let joined = if alone {
-            types::I64
-        } else if vector {
-            V
-        } else {
-            types::I64
-        };
+        let joined = if vector && !alone { V } else { types::I64 };
         let p = self.probe(role, AccessKind::Load, ty, flags, at, Some(joined));
         let fast = if alone { p.addend } else { self.load_host(ty, p.host) };
         self.end_fast(&p, Some(fast))?;
