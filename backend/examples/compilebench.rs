@@ -2,7 +2,6 @@
 //!
 //! `cargo run --release -p twofold-backend --example compilebench [-- asm|map|jitdump]`
 #![allow(missing_docs)]
-#![cfg(target_arch = "x86_64")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -37,6 +37,7 @@ pub enum Leave {
 }
 
 /// Reasons as the thunks return them, in the low byte.
+#[cfg_attr(not(all(target_arch = "x86_64", not(portable_host))), allow(dead_code))]
 pub(crate) mod reason {
     pub const UNLINKED: u64 = 1;
     pub const LOOKUP: u64 = 2;

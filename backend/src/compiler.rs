@@ -323,7 +323,7 @@ pub(crate) fn host_isa(opt_level: &str) -> Option<OwnedTargetIsa> {
     isa.finish(settings::Flags::new(shared)).ok()
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 fn host_features() -> Vec<&'static str> {
     use std::arch::is_x86_feature_detected as has;
     let all = [
@@ -342,7 +342,7 @@ fn host_features() -> Vec<&'static str> {
     all.into_iter().filter(|f| f.1).map(|f| f.0).collect()
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 fn host_features() -> Vec<&'static str> {
     Vec::new()
 }

@@ -31,7 +31,7 @@ pub fn disassemble(code: &[u8], base: u64, symbol: impl Fn(u64) -> Option<String
     instructions(code, base, symbol).iter().map(|i| format!("{:5x}  {}\n", i.at, i.text)).collect()
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 fn instructions(code: &[u8], base: u64, symbol: impl Fn(u64) -> Option<String>) -> Vec<HostInsn> {
     use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, NasmFormatter, OpKind};
 
@@ -58,7 +58,7 @@ fn instructions(code: &[u8], base: u64, symbol: impl Fn(u64) -> Option<String>) 
 }
 
 /// No disassembler for this host.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 fn instructions(_code: &[u8], _base: u64, _symbol: impl Fn(u64) -> Option<String>) -> Vec<HostInsn> {
     Vec::new()
 }

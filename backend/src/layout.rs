@@ -1,6 +1,7 @@
 //! Byte layouts that emitted code and the assembly thunks share with `arch` and `mmu`.
 //!
 //! Place in the pipeline: used by `lower` and `thunks`. The asserts tie the numbers to the types they mirror.
+#![cfg_attr(not(all(target_arch = "x86_64", not(portable_host))), allow(dead_code))] // no thunks there
 
 use core::mem::offset_of;
 

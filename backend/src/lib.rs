@@ -21,9 +21,9 @@ pub mod perf;
 mod region;
 mod stored;
 mod thunk;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 mod thunks;
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 #[path = "thunks_none.rs"]
 mod thunks;
 

@@ -8,8 +8,8 @@ use twofold_arch::CpuState;
 use twofold_arch::fpu::{X87Op, X87Operand};
 use twofold_ir::{Helper, VecOp};
 
-#[cfg_attr(target_arch = "x86_64", path = "native/vec.rs")]
-#[cfg_attr(not(target_arch = "x86_64"), path = "native/vec_none.rs")]
+#[cfg_attr(all(target_arch = "x86_64", not(portable_host)), path = "native/vec.rs")]
+#[cfg_attr(not(all(target_arch = "x86_64", not(portable_host))), path = "native/vec_none.rs")]
 mod vec;
 
 /// An op that the host computes, packed in the index of an external function.
@@ -47,7 +47,7 @@ impl Native {
             Helper::Crc32 if sse42 => log2_bytes.filter(|&n| n < 4)? as u32,
             Helper::Pdep if bmi2 => 4,
             Helper::Pext if bmi2 => 5,
-            Helper::DivideWide if cfg!(target_arch = "x86_64") => 6,
+            Helper::DivideWide if cfg!(all(target_arch = "x86_64", not(portable_host))) => 6,
             _ => return None,
         };
         Some(Self(INT | n))

@@ -49,9 +49,9 @@ const CODE_LOAD: u32 = 0;
 /// Of a load record, before name and code.
 const LOAD_HEADER: usize = 56;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 const ELF_MACHINE: u32 = 62;
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 const ELF_MACHINE: u32 = 183;
 
 impl Profile {

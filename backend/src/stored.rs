@@ -3,7 +3,7 @@
 //! Place in the pipeline: beside `compiler`, for a cache that keeps its results. Code refers to thunks by number and to helpers by
 //! their places in a table, so bytes mean something to the very same build on a host with the same instructions only:
 //! [`host_instructions`] is for the cache to compare, the build is its own affair.
-#![cfg_attr(target_arch = "x86_64", allow(unsafe_code))] // asks CPUID
+#![cfg_attr(all(target_arch = "x86_64", not(portable_host)), allow(unsafe_code))] // asks CPUID
 
 use twofold_arch::CodeSize;
 
@@ -12,7 +12,7 @@ use crate::compiler::{CompiledSlot, CompiledTb};
 use crate::thunk::{THUNKS, Thunk};
 
 /// What of the host decides which code is made: the processor's signature and features.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 #[must_use]
 pub fn host_instructions() -> String {
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -34,7 +34,7 @@ pub fn host_instructions() -> String {
 }
 
 /// What of the host decides which code is made: nothing, as none is.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 #[must_use]
 pub fn host_instructions() -> String {
     String::from("none")

@@ -1,6 +1,6 @@
 //! Chaining, the jump cache, the budget, code memory: what happens between blocks.
 #![allow(missing_docs)]
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 mod common;
 

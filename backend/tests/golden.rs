@@ -1,7 +1,7 @@
 //! Emitted host code for hot idioms, with the number of host instructions: what a change of the lowering does to them is
 //! seen in the diff. `TWOFOLD_BLESS=1` writes the files anew.
 #![allow(missing_docs)]
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 use std::fmt::Write;
 use std::path::Path;

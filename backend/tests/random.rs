@@ -1,7 +1,7 @@
 //! Random blocks, compiled and run, against the reference evaluator: state, memory, everything observable in order, exits,
 //! retired instructions, and faults at each point where one can happen.
 #![allow(missing_docs)]
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 mod common;
 

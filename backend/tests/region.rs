@@ -1,7 +1,7 @@
 //! Random regions, loops included, against the reference evaluator that runs their blocks one after the other: state, memory,
 //! everything observable in order, exits, retired instructions, faults at each point where one can happen, and the budget.
 #![allow(missing_docs)]
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! User-mode integer instructions on the host CPU against translation and evaluation.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 #[path = "../../tests/src/native.rs"]

@@ -14,7 +14,7 @@ use crate::op::Ty;
 mod crypto;
 mod fp;
 mod fp_portable;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 mod host;
 mod int;
 mod lanes;

@@ -1,6 +1,6 @@
 //! Runs random machines for as long as one likes: `pages --minutes N --seed S`. Each machine's seed is told before it runs.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 fn main() {
     use std::time::{Duration, Instant};
     use twofold_runtime::config::Tier;
@@ -31,7 +31,7 @@ fn main() {
     println!("{machines} machines, {instructions} instructions");
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 fn main() {
     println!("the generator of instructions needs an x86-64 host");
 }

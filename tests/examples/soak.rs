@@ -3,7 +3,7 @@
 //! A line for each encoding that differs (bytes, disassembly, tier, difference, inputs); the exit status is 1 then. Counts
 //! are printed once a minute and at the end.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 fn main() -> std::process::ExitCode {
     use std::time::{Duration, Instant};
     use twofold_tests::fuzz::Fuzzer;
@@ -44,7 +44,7 @@ fn main() -> std::process::ExitCode {
     std::process::ExitCode::from(u8::from(!fuzzer.report.differences.is_empty()))
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 fn main() {
     println!("the native oracle needs an x86-64 host");
 }

@@ -1,16 +1,16 @@
 //! What the integration tests share: the native oracle for single instructions, and encodings to run on it.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod fuzz;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod generate;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod machine;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod native;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod oracle;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod pages;
 
 pub mod guest;

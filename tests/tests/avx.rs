@@ -2,7 +2,7 @@
 //!
 //! The forms are made from the decoder's own table, so an instruction that gets a row is tested from then on. Features that
 //! the host does not have are left out, and counted.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use iced_x86::{Code, CpuidFeature, EncodingKind};

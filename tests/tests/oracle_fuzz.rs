@@ -1,6 +1,6 @@
 //! Every instruction form of every feature the model `max` has, encoded at random with a fixed seed, on the host CPU, in the
 //! evaluator and as host code. `cargo run --release -p twofold-tests --example soak` is the long run of the same.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use std::io::Write;

@@ -1,5 +1,5 @@
 //! `-d out_asm`: guest instructions, IR and host code stand together, each labelled as what it is, in the quick tier and in regions.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 mod support;
 

@@ -1,5 +1,5 @@
 //! Pages of random code in random modes with random tables: whatever a guest does, L0 stays up.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use twofold_runtime::config::Tier;

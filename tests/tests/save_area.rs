@@ -3,7 +3,7 @@
 //!
 //! Not compared: the x87 instruction and operand pointers and the opcode (the harness's own code changes them, and AMD
 //! processors store them only with an exception pending), and MXCSR_MASK (the host has one bit more).
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use twofold_tests::native::{

@@ -1,7 +1,7 @@
 //! MMX, SSE to SSE4.2, AES, PCLMULQDQ and SHA: every form on the host CPU against translation and evaluation.
 //!
 //! The forms are made from the decoder's own table, so an instruction that gets a row is tested from then on.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use iced_x86::{

@@ -3,7 +3,7 @@
 //!
 //! A stream is a loop over slots of 16 bytes with an instruction each, so that a handler can go on behind a fault without
 //! knowing lengths. Most memory operands are given an address in the data area first; the rest fault or hit what they hit.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 
 use iced_x86::code_asm::*;
 use iced_x86::{

@@ -1,5 +1,5 @@
 //! x87 instructions: every opcode on the host CPU against translation, evaluation and the runtime's helper.
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
 use twofold_arch::TbFlags;

@@ -67,6 +67,7 @@ pub fn table() -> &'static HelperTable {
 
 /// Overwrites what a thunk must not rely on the callee to keep.
 fn trash() {
+    #[cfg(all(target_arch = "x86_64", not(portable_host)))]
     // SAFETY: caller-saved registers, declared as clobbered.
     unsafe {
         core::arch::asm!(

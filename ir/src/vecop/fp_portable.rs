@@ -395,7 +395,7 @@ fn convert(op: VecOp, a: u128, b: u128, c: u128) -> u128 {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(all(test, target_arch = "x86_64", not(portable_host)))]
 mod tests {
     use super::*;
     use crate::vecop::{Group, host};

@@ -126,7 +126,7 @@ pub fn tb_flags(s: &CpuState) -> TbFlags {
     f |= bit(s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & 6 == 6, TbFlags::AVX);
     f |= bit(s.mxcsr & 0x1f80 != 0x1f80, TbFlags::SSE_UNMASKED);
     let masked = s.fcw & fcw::MASKS == fcw::MASKS && s.fsw & fsw::ES == 0;
-    f |= bit(masked && cfg!(target_arch = "x86_64"), TbFlags::X87_HOST);
+    f |= bit(masked && cfg!(all(target_arch = "x86_64", not(portable_host))), TbFlags::X87_HOST);
     TbFlags(f).at(s.rip)
 }
 

@@ -298,7 +298,7 @@ pub fn cmpxchg16b(v: &mut Vcpu, la: u64) -> Helped {
 /// # Safety
 /// `p` points to 16 aligned bytes that stay valid.
 unsafe fn exchange_128(p: *mut u128, expected: u128, new: u128) -> u128 {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(portable_host)))]
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
         let (mut lo, mut hi) = (expected as u64, (expected >> 64) as u64);
         // In assembly: the intrinsic becomes a call of a library that nobody links. RBX is LLVM's own.

@@ -8,7 +8,7 @@
 //! FNSAVE clears them before any waiting instruction. Only encodings that [`super::x87::decode`] knows get here.
 #![allow(unsafe_code)] // Inline assembly is the only way to run an x87 instruction.
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 use twofold_arch::{CpuState, fpu::X87Op};
 
 /// The part of the x87 state that computing instructions read and write.
@@ -26,7 +26,7 @@ pub struct Registers {
 
 /// Runs an instruction: `first` is its first byte less 0xd8, a memory form uses only ModRM's `reg`. `flags` are the
 /// guest's arithmetic flags, and the returned ones what it made of them. `None` on hosts without an x87.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 #[must_use]
 pub fn run(
     _r: Registers,
@@ -40,27 +40,27 @@ pub fn run(
 }
 
 /// Brings the guest's x87 registers into the host's unit. All exceptions are masked.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 pub fn load(_s: &mut CpuState) {}
 
 /// Brings them back, and leaves the unit initialised.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 pub fn park(_s: &mut CpuState) {}
 
 /// Runs one instruction on what [`load`] has brought; the result is as [`X87Op`] says.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 pub fn execute(_s: &mut CpuState, _op: X87Op, _lo: u64, _hi: u64) -> u64 {
     0
 }
 
 /// Gives the host's unit a control word that masks all exceptions.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
 pub fn set_control(_control: u16) {}
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub use x86_64::{execute, load, park, run, set_control};
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 mod x86_64 {
     use core::arch::{asm, global_asm};
 

@@ -28,7 +28,7 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     /// Host TSC, scaled: `(rdtsc - base) * mult >> 32`.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(portable_host)))]
     HostTsc { base: u64, mult: u64 },
     /// The operating system's monotonic clock.
     Monotonic(Instant),
@@ -40,7 +40,7 @@ impl Clock {
     /// The host's clock, starting at 0 now. Takes about a millisecond to calibrate where the host has an invariant TSC.
     #[must_use]
     pub fn host() -> Self {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(portable_host)))]
         if let Some(source) = host_tsc::calibrate() {
             return Self(source);
         }
@@ -56,7 +56,7 @@ impl Clock {
     #[inline]
     pub fn now_ns(&self) -> u64 {
         match &self.0 {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(portable_host)))]
             Source::HostTsc { base, mult } => host_tsc::now(*base, *mult),
             Source::Monotonic(start) => u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
             Source::Manual(ns) => ns.load(Ordering::Relaxed),
@@ -82,7 +82,7 @@ impl Clock {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 mod host_tsc {
     use super::Source;
     use core::arch::x86_64::{__cpuid, _rdtsc};
