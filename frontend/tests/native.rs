@@ -2,13 +2,14 @@
 #![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
-#[path = "../../tests/src/native.rs"]
-mod native;
+#[path = "../../tests/src/insn/mod.rs"]
+mod insn;
 
 mod forms;
 mod legacy;
 
-use native::{Form, Native, Runner, check_block, reference, translate_one};
+use insn::native::{Native, check_block};
+use insn::{Form, Runner, reference, translate_one};
 use twofold_ir::eval::Program;
 use twofold_ir::passes::{Options, Passes};
 
@@ -42,13 +43,13 @@ fn reference_evaluator() {
 
 #[test]
 fn passes_and_evaluator() {
-    let mut run = |block: &twofold_ir::Block, env: &mut native::TestEnv| Program::new(block).run(env);
+    let mut run = |block: &twofold_ir::Block, env: &mut insn::TestEnv| Program::new(block).run(env);
     run_all("passes and evaluator", &forms::integer(), 100, true, &mut run);
 }
 
 #[test]
 fn legacy_code_sizes() {
     run_all("16- and 32-bit code", &legacy::forms(), 100, false, &mut reference);
-    let mut run = |block: &twofold_ir::Block, env: &mut native::TestEnv| Program::new(block).run(env);
+    let mut run = |block: &twofold_ir::Block, env: &mut insn::TestEnv| Program::new(block).run(env);
     run_all("16- and 32-bit code, evaluator", &legacy::forms(), 50, true, &mut run);
 }

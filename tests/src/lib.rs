@@ -1,16 +1,12 @@
-//! What the integration tests share: the native oracle for single instructions, and encodings to run on it.
+//! What the integration tests share: single instructions on the host CPU, recorded, and in our tiers; encodings to run so; guests.
 
+pub mod cases;
 #[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod fuzz;
-#[cfg(all(target_arch = "x86_64", not(portable_host)))]
 pub mod generate;
-#[cfg(all(target_arch = "x86_64", not(portable_host)))]
-pub mod machine;
-#[cfg(all(target_arch = "x86_64", not(portable_host)))]
-pub mod native;
-#[cfg(all(target_arch = "x86_64", not(portable_host)))]
-pub mod oracle;
-#[cfg(all(target_arch = "x86_64", not(portable_host)))]
-pub mod pages;
-
 pub mod guest;
+pub mod insn;
+pub mod machine;
+pub mod oracle;
+pub mod pages;
+pub mod values;

@@ -1,6 +1,6 @@
 //! A virtual processor with a code page and the scratch area, on which one instruction runs in the tier that is asked for.
 //!
-//! Unlike [`crate::native::TestEnv`] this is the real thing: the runtime's helpers, the softmmu TLB with page tables, the
+//! Unlike [`crate::insn::TestEnv`] this is the real thing: the runtime's helpers, the softmmu TLB with page tables, the
 //! front end's blocks simplified by the passes, in the evaluator or as host code of the quick or the optimising tier. Only the dispatcher is
 //! replaced, so that an exception can be looked at instead of being delivered.
 #![allow(unsafe_code)] // Enters host code.
@@ -25,7 +25,7 @@ use twofold_runtime::fpu;
 use twofold_runtime::platform::{Clock, Platform, Setup};
 use twofold_runtime::{Shared, Trap, Vcpu};
 
-use crate::native::{CODE, Mode, Outcome, Raised, Regs, SCRATCH, SCRATCH_LEN, TAKEN};
+use crate::insn::{CODE, Mode, Outcome, Raised, Regs, SCRATCH, SCRATCH_LEN, TAKEN};
 
 /// Guest-physical addresses.
 const RAM: u64 = 4 << 20;
@@ -42,6 +42,11 @@ pub enum Tier {
     Quick,
     /// A region of the optimising tier, with nothing but the instruction in it.
     Region,
+}
+
+impl Tier {
+    /// All of them.
+    pub const ALL: [Tier; 3] = [Tier::Eval, Tier::Quick, Tier::Region];
 }
 
 /// An instruction made ready for all tiers.
@@ -122,7 +127,7 @@ impl Machine {
         }
     }
 
-    /// Sets the segments for a code size, as on the host ([`crate::native`]).
+    /// Sets the segments for a code size, as on the host ([`crate::insn`]).
     pub fn set_mode(&mut self, mode: Mode) {
         let base = attr::P | attr::S | attr::DPL | attr::ACCESSED | attr::RW;
         let (code, data) = (base | attr::CODE, base);

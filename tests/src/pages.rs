@@ -19,7 +19,7 @@ use twofold_runtime::platform::{Clock, Platform, Setup, smi};
 use twofold_runtime::{Shared, Vcpu};
 
 use crate::generate::encode;
-use crate::native::{Mode, Rng};
+use crate::insn::{Mode, Rng};
 
 /// Bytes of memory: 1 MiB with a hole for devices in it, so that a third of all random addresses are not RAM.
 const RAM: u64 = 1 << 20;

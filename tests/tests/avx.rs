@@ -9,9 +9,10 @@ use iced_x86::{Code, CpuidFeature, EncodingKind};
 use std::arch::is_x86_feature_detected;
 use twofold_arch::TbFlags;
 use twofold_tests::generate::{Sample, encode, of_features};
-use twofold_tests::native;
-use twofold_tests::native::{Form, Mode, Regs, Rng, SCRATCH_LEN};
-use twofold_tests::oracle::{AVX32, AVX64, USER32, USER64, helpers_of, lanes, run_forms};
+use twofold_tests::insn;
+use twofold_tests::insn::{Form, Mode, Regs, Rng, SCRATCH_LEN};
+use twofold_tests::oracle::{AVX32, AVX64, USER32, USER64, helpers_of, run_forms};
+use twofold_tests::values::lanes;
 
 /// Whether twofold has a feature and, if so, whether the host does.
 fn host(f: CpuidFeature) -> Option<bool> {
@@ -160,7 +161,7 @@ fn not_enabled() {
             [(USER64, Mode::Bits64, 6), (USER32, Mode::Bits32, 6), (real, Mode::Bits32, 6), (ts, Mode::Bits64, 7)]
         {
             let Some(s) = (0..40).find_map(|_| encode(code, mode, &mut rng)) else { continue };
-            let block = native::translate_one(&s.bytes, key);
+            let block = insn::translate_one(&s.bytes, key);
             let Some(Exit::Raise { exception, .. }) = block.end else { panic!("{code:?} {key:?}: {:?}", block.end) };
             assert_eq!(exception.vector as u8, vector, "{code:?} {key:?}");
             checked += 1;

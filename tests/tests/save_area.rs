@@ -6,8 +6,9 @@
 #![cfg(all(target_arch = "x86_64", not(portable_host)))]
 #![allow(missing_docs)]
 
-use twofold_tests::native::{
-    MIDDLE, Mode, Native, Outcome, Regs, Rng, SCRATCH, SCRATCH_LEN, TestEnv, reference, run_block, translate_one,
+use twofold_tests::insn::native::Native;
+use twofold_tests::insn::{
+    MIDDLE, Mode, Outcome, Regs, Rng, SCRATCH, SCRATCH_LEN, TestEnv, reference, run_block, translate_one,
 };
 use twofold_tests::oracle::{self, helpers_of};
 

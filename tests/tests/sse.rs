@@ -8,8 +8,9 @@ use iced_x86::{
     Code, CpuidFeature, EncodingKind, MandatoryPrefix, Mnemonic, OpCodeInfo, OpCodeOperandKind as K, OpCodeTableKind,
 };
 use twofold_arch::TbFlags;
-use twofold_tests::native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
-use twofold_tests::oracle::{USER32, USER64, helpers, helpers_of, lanes, random_x87, run_forms};
+use twofold_tests::insn::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use twofold_tests::oracle::{USER32, USER64, helpers, helpers_of, run_forms};
+use twofold_tests::values::{lanes, random_x87};
 
 fn wanted(code: Code) -> bool {
     use CpuidFeature::*;

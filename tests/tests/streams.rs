@@ -11,7 +11,7 @@ use iced_x86::{
 };
 use twofold_tests::generate::encode;
 use twofold_tests::guest::{Bits, CODE, DATA, DATA16, END, Guest, HASHING, MAPPED, SKIP, pte};
-use twofold_tests::native::{Mode, Rng};
+use twofold_tests::insn::{Mode, Rng};
 
 /// Instructions in a stream.
 const LENGTH: usize = 160;

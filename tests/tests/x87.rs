@@ -3,8 +3,9 @@
 #![allow(missing_docs)]
 
 use twofold_arch::TbFlags;
-use twofold_tests::native::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
-use twofold_tests::oracle::{USER32, USER64, float32, float64, helpers, helpers_of, run_forms};
+use twofold_tests::insn::{Form, MIDDLE, Mode, Regs, Rng, SCRATCH_LEN};
+use twofold_tests::oracle::{USER32, USER64, helpers, helpers_of, run_forms};
+use twofold_tests::values::{float32, float64};
 
 /// Keys under which instructions run on the host's unit directly.
 const HOST64: TbFlags = TbFlags(USER64.0 | TbFlags::X87_HOST);

@@ -1,6 +1,6 @@
 //! The integer instruction forms that the native oracle runs, by encoding.
 
-use crate::native::{CODE, Form, MIDDLE, Regs, SCRATCH, SCRATCH_LEN, TAKEN};
+use crate::insn::{CODE, Form, MIDDLE, Regs, SCRATCH, SCRATCH_LEN, TAKEN};
 use twofold_arch::control::rflags::{AF, ARITH, CF, DF, OF, PF, SF, ZF};
 
 /// The r/m operand of an encoding.
@@ -161,7 +161,7 @@ fn unary(f: &mut Vec<Form>) {
             f.push(Form::new(format!("mul{size} {at}"), &one(0xf6, 4)).undefined(SF | ZF | AF | PF));
             f.push(Form::new(format!("imul{size} {at}"), &one(0xf6, 5)).undefined(SF | ZF | AF | PF));
             for (name, n) in [("div", 6), ("idiv", 7)] {
-                let small = move |r: &mut Regs, rng: &mut crate::native::Rng| {
+                let small = move |r: &mut Regs, rng: &mut crate::insn::Rng| {
                     // Mostly dividends whose quotient fits.
                     match rng.below(4) {
                         0 => r.gpr[2] = 0,
@@ -309,7 +309,7 @@ fn bits(f: &mut Vec<Form>) {
                 Form::new(format!("{name}{size} same"), &enc(size, &[], false, &[0x0f, op], 2, Rm::Reg(2), &[]))
                     .undefined(u),
             );
-            let near = |r: &mut Regs, rng: &mut crate::native::Rng| r.gpr[1] = rng.below(0x4000).wrapping_sub(0x2000);
+            let near = |r: &mut Regs, rng: &mut crate::insn::Rng| r.gpr[1] = rng.below(0x4000).wrapping_sub(0x2000);
             f.push(
                 Form::new(format!("{name}{size} m, r"), &enc(size, &[], false, &[0x0f, op], 1, Rm::Mem, &[]))
                     .undefined(u)
@@ -485,7 +485,7 @@ fn exchange(f: &mut Vec<Form>) {
             f.push(Form::new(format!("xchg{size}"), &enc(size, &[], true, &[0x86 | w], 9, rm, &[])));
             f.push(Form::new(format!("xadd{size}"), &enc(size, &[], true, &[0x0f, 0xc0 | w], 9, rm, &[])));
             // The accumulator often equals the destination.
-            let same = |r: &mut Regs, rng: &mut crate::native::Rng| {
+            let same = |r: &mut Regs, rng: &mut crate::insn::Rng| {
                 if rng.below(2) == 0 {
                     r.gpr[1] = r.gpr[0];
                     r.gpr[9] = r.gpr[0];
@@ -506,12 +506,12 @@ fn exchange(f: &mut Vec<Form>) {
                     .prepare(same),
             );
         }
-        let equal = |r: &mut Regs, rng: &mut crate::native::Rng| {
+        let equal = |r: &mut Regs, rng: &mut crate::insn::Rng| {
             r.gpr[3] = MIDDLE;
             r.gpr[0] = rng.below(3);
             r.gpr[2] = 0;
         };
-        let small = |m: &mut [u8], rng: &mut crate::native::Rng| {
+        let small = |m: &mut [u8], rng: &mut crate::insn::Rng| {
             let at = SCRATCH_LEN / 2 + 16;
             m[at..at + 16].fill(0);
             m[at] = rng.below(3) as u8;
@@ -619,14 +619,14 @@ fn addresses(f: &mut Vec<Form>) {
         }
     }
     // Loads and stores through base, index, scale, RIP, RBP, R12, R13 and 32-bit addresses.
-    let index = |r: &mut Regs, rng: &mut crate::native::Rng| {
+    let index = |r: &mut Regs, rng: &mut crate::insn::Rng| {
         r.gpr[3] = MIDDLE;
         r.gpr[5] = MIDDLE;
         r.gpr[12] = MIDDLE;
         r.gpr[13] = MIDDLE;
         r.gpr[1] = rng.below(0x200).wrapping_sub(0x100);
     };
-    let index32 = move |r: &mut Regs, rng: &mut crate::native::Rng| {
+    let index32 = move |r: &mut Regs, rng: &mut crate::insn::Rng| {
         index(r, rng);
         r.gpr[1] &= 0xffff_ffff;
         r.gpr[3] |= 0xffff_ffff_0000_0000;
@@ -735,7 +735,7 @@ fn flags(f: &mut Vec<Form>) {
     }
     f.push(Form::new("pushf", &[0x9c]));
     f.push(Form::new("pushf16", &[0x66, 0x9c]));
-    let image = |m: &mut [u8], rng: &mut crate::native::Rng| {
+    let image = |m: &mut [u8], rng: &mut crate::insn::Rng| {
         let at = SCRATCH_LEN / 2;
         let v = rng.next() & (ARITH | DF) | 0x202;
         m[at..at + 8].copy_from_slice(&v.to_le_bytes());
@@ -754,7 +754,7 @@ fn branches(f: &mut Vec<Form>) {
     f.push(Form::new("jmp rel32", &[0xe9, d, 0, 0, 0]));
     f.push(Form::new("call rel32", &[0xe8, d, 0, 0, 0]));
     for (name, op) in [("loopne", 0xe0u8), ("loope", 0xe1), ("loop", 0xe2), ("jrcxz", 0xe3)] {
-        let few = |r: &mut Regs, rng: &mut crate::native::Rng| {
+        let few = |r: &mut Regs, rng: &mut crate::insn::Rng| {
             if rng.below(2) == 0 {
                 r.gpr[1] = rng.below(3) | (rng.below(2) * 0xdead) << 32;
             }
@@ -765,7 +765,7 @@ fn branches(f: &mut Vec<Form>) {
     // Indirect: the target is the taken path.
     let target = |len: usize| CODE + (len + TAKEN) as u64;
     let at_rsp = |len: usize| {
-        move |m: &mut [u8], _: &mut crate::native::Rng| {
+        move |m: &mut [u8], _: &mut crate::insn::Rng| {
             m[SCRATCH_LEN / 2..SCRATCH_LEN / 2 + 8].copy_from_slice(&target(len).to_le_bytes());
         }
     };

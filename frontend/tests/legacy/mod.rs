@@ -1,6 +1,6 @@
 //! Instruction forms of 16- and 32-bit code: what 64-bit code does not have, and what differs there.
 
-use crate::native::{Form, Mode, Regs, Rng, SCRATCH_LEN, TAKEN};
+use crate::insn::{Form, Mode, Regs, Rng, SCRATCH_LEN, TAKEN};
 use twofold_arch::control::rflags::{AF, ARITH, CF, DF, OF, PF, SF, ZF};
 
 /// Both code sizes, and in each both operand sizes.
