@@ -15,7 +15,7 @@ use crate::insn::{MIDDLE, Mode, Rng, SCRATCH, SCRATCH_LEN, TAKEN};
 mod undefined;
 mod values;
 
-pub use undefined::{is_sse_float, is_x87};
+pub use undefined::{is_sse_float, is_x87, processors_differ, undefined_status};
 
 /// An encoded instruction.
 #[derive(Clone, Debug)]

@@ -10,3 +10,4 @@ pub mod machine;
 pub mod oracle;
 pub mod pages;
 pub mod values;
+pub mod vectors;

@@ -1,6 +1,6 @@
 //! What the SDM leaves undefined of a sample's result, and what processors do differently.
 
-use iced_x86::{CpuidFeature, Mnemonic, OpKind, RflagsBits};
+use iced_x86::{Code, CpuidFeature, Mnemonic, OpKind, RflagsBits};
 use twofold_arch::control::rflags;
 
 use super::Sample;
@@ -94,4 +94,31 @@ pub fn is_sse_float(s: &Sample) -> bool {
     let not = name.contains("dpps") || name.contains("dppd") || name.contains("_mm");
     let float = ["ps_", "pd_", "ss_", "sd_"].iter().any(|t| name.contains(t)) || name.contains("cvt");
     float && !not
+}
+
+/// Why a form's result is one thing on one processor and another on the next, so that it cannot be recorded: twofold
+/// computes it by the host's own instruction, where there is one.
+#[must_use]
+pub fn processors_differ(code: Code) -> Option<&'static str> {
+    use Mnemonic::*;
+    match code.mnemonic() {
+        Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss => {
+            Some("an approximation, with an error bound and no more")
+        }
+        Fsin | Fcos | Fsincos | Fptan | Fpatan | F2xm1 | Fyl2x | Fyl2xp1 => {
+            Some("a transcendental function, with an error bound and no more")
+        }
+        Fbld => Some("digits beyond 9 are undefined"),
+        _ => None,
+    }
+}
+
+/// Condition codes of the x87 status word that the SDM has an instruction leave undefined: all but C1, unless it is about them.
+#[must_use]
+pub fn undefined_status(code: Code) -> u16 {
+    use Mnemonic::*;
+    match code.mnemonic() {
+        Fcom | Fcomp | Fcompp | Fucom | Fucomp | Fucompp | Ficom | Ficomp | Ftst | Fxam | Fprem | Fprem1 | Fninit => 0,
+        _ => 0x4500,
+    }
 }

@@ -96,6 +96,35 @@ impl Scope {
     }
 }
 
+impl Counted {
+    /// All of it that is not 0, a line for each kind of register.
+    #[must_use]
+    pub fn show(&self) -> String {
+        let mut s = format!("{:?} {:x?} taken={} flags={:x}", self.outcome, self.raised, self.taken, self.flags);
+        s += "\n ";
+        for (name, v) in twofold_arch::Gpr::NAMES.iter().zip(self.gpr) {
+            s += &format!(" {name}={v:x}");
+        }
+        s += &format!("\n  mxcsr={:x}", self.mxcsr);
+        for n in (0..16).filter(|&n| self.xmm[n] != 0 || self.high[n] != 0) {
+            s += &format!(" ymm{n}={:032x}_{:032x}", self.high[n], self.xmm[n]);
+        }
+        s += &format!("\n  fcw fsw ftw={:02x?}", self.x87_words);
+        for (n, st) in self.st.iter().enumerate().filter(|(_, st)| **st != [0; 10]) {
+            s += &format!(" st{n}={:x}", st.iter().rev().fold(0u128, |v, b| v << 8 | u128::from(*b)));
+        }
+        s
+    }
+}
+
+/// Where memory has changed, and what is there now: eight bytes at a time.
+#[must_use]
+pub fn show_changes(after: &[u8], before: &[u8]) -> String {
+    let words = after.chunks(8).zip(before.chunks(8)).enumerate().filter(|(_, (new, old))| new != old);
+    let lines = words.map(|(n, (new, _))| format!("\n  [{:#x}] {new:02x?}", SCRATCH + 8 * n as u64));
+    lines.collect()
+}
+
 /// A 64-bit hash of words: each is mixed in by a multiplication whose high half is folded back.
 pub struct Hash(pub u64);
 
