@@ -13,6 +13,7 @@ pub mod names;
 pub mod op;
 pub mod parse;
 pub mod passes;
+pub mod softfloat;
 pub mod testing;
 pub mod text;
 pub mod vecop;
