@@ -17,6 +17,7 @@ use twofold_ir::Block;
 
 use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
+use crate::direct;
 use crate::lower::{self, Buffers};
 use crate::native::Native;
 use crate::origin::Origin;
@@ -33,6 +34,16 @@ pub enum Probe {
     OutOfLine,
 }
 
+/// Who writes a block's code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Emitter {
+    /// The direct emitter, and Cranelift what it refuses.
+    #[default]
+    Direct,
+    /// Cranelift alone.
+    Cranelift,
+}
+
 /// Switches of the compiler.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Options {
@@ -40,6 +51,8 @@ pub struct Options {
     pub probe: Probe,
     /// Run Cranelift's verifier on every block (doubles compile time).
     pub verify: bool,
+    /// Who writes the code.
+    pub emitter: Emitter,
 }
 
 /// Why a block was not compiled.
@@ -120,6 +133,8 @@ impl CompiledTb {
 pub struct CompileStats {
     /// Blocks compiled.
     pub blocks: u64,
+    /// Of those, blocks that the direct emitter left to Cranelift.
+    pub refused: u64,
     /// Of those, blocks whose accesses are out of line because Cranelift's code could not be taken apart.
     pub fixed: u64,
     /// Of those, blocks with a frame: values were spilled.
@@ -135,6 +150,7 @@ pub struct Compiler {
     context: Context,
     control: ControlPlane,
     buffers: Buffers,
+    direct: direct::Scratch,
     stats: CompileStats,
     annotate: bool,
 }
@@ -156,7 +172,8 @@ impl Compiler {
         }
         let isa = host_isa("none").ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
-        Ok(Self { options, isa, context, control, buffers, stats: CompileStats::default(), annotate: false })
+        let (direct, stats) = (direct::Scratch::default(), CompileStats::default());
+        Ok(Self { options, isa, context, control, buffers, direct, stats, annotate: false })
     }
 
     /// From now on, whether to note what guest instruction each piece of host code is from ([`CompiledTb::pieces`]).
@@ -216,6 +233,12 @@ impl Compiler {
     }
 
     fn compile_inner(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
+        if self.options.emitter == Emitter::Direct && self.options.probe == Probe::Inline {
+            match direct::emit(block, counter, &mut self.direct, self.annotate) {
+                Ok(tb) => return fits(tb),
+                Err(_refused) => self.stats.refused += 1,
+            }
+        }
         self.context.clear();
         let lowered = lower::lower(&mut self.context.func, block, &mut self.buffers)?;
         if self.options.verify {
@@ -228,9 +251,12 @@ impl Compiler {
             return Err(CompileError::TooLarge);
         }
         let emitted = emitted(&self.context.func, buffer, lowered.exits.len(), self.annotate)?;
-        let tb = assemble(&emitted, &lowered, block, self.options.probe, counter)?;
-        if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
+        fits(assemble(&emitted, &lowered, block, self.options.probe, counter)?)
     }
+}
+
+fn fits(tb: CompiledTb) -> Result<CompiledTb, CompileError> {
+    if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
 }
 
 /// Takes out of Cranelift's buffer what `assemble` needs.

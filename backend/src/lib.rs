@@ -12,7 +12,9 @@ mod abi;
 mod assemble;
 mod code;
 mod compiler;
+mod direct;
 mod disasm;
+mod emit;
 mod layout;
 mod lower;
 mod native;
@@ -29,7 +31,7 @@ mod thunks;
 
 pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo, portable_vec_ops};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
-pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Options, Probe};
+pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Emitter, Options, Probe};
 pub use disasm::{HostInsn, HostPiece, disassemble};
 pub use origin::Role;
 pub use region::{Counter, Guard, REGION_SLOTS, RegionCompiler};

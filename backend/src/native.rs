@@ -6,7 +6,9 @@
 
 use twofold_arch::CpuState;
 use twofold_arch::fpu::{X87Op, X87Operand};
-use twofold_ir::{Helper, VecOp};
+use twofold_ir::{Helper, Ty, VecOp};
+
+use crate::direct::x64::{self, Rm};
 
 #[cfg_attr(all(target_arch = "x86_64", not(portable_host)), path = "native/vec.rs")]
 #[cfg_attr(not(all(target_arch = "x86_64", not(portable_host))), path = "native/vec_none.rs")]
@@ -58,6 +60,11 @@ impl Native {
         vec::exists(op, imm).then_some(Self(u32::from(op as u16) | u32::from(imm) << 16))
     }
 
+    /// The registers that the code of a vector op may have.
+    pub fn form(self) -> Form {
+        VecOp::from_number(self.0 as u16).map_or(Form::Fixed, |op| form(op, &self.bytes(), (self.0 >> 16) as u8))
+    }
+
     /// The code.
     pub fn bytes(self) -> Vec<u8> {
         if self.0 & X87 != 0 {
@@ -68,6 +75,83 @@ impl Native {
         }
         VecOp::from_number(self.0 as u16).map_or_else(Vec::new, |op| vec::code(op, (self.0 >> 16) as u8))
     }
+}
+
+/// What registers an op's code can have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Form {
+    /// Those that [`Native::bytes`] says.
+    Fixed,
+    /// Any: the first operand's, where the result goes, and the second's.
+    Two(AnyRegisters),
+    /// Any: the result's and the operand's.
+    One(AnyRegisters),
+    /// Any: the first operand's, where the result goes, and a general one.
+    Insert(AnyRegisters),
+    /// Any: the operand's, where the result goes. The number stands where the other register would.
+    Shift(AnyRegisters, u8),
+}
+
+/// A vector instruction without its registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct AnyRegisters {
+    prefix: u8,
+    op: [u8; 3],
+    len: u8,
+    imm: Option<u8>,
+}
+
+impl AnyRegisters {
+    /// The instruction with these registers.
+    pub fn put(self, out: &mut Vec<u8>, to: u8, from: u8) {
+        x64::insn(out, self.prefix, false, false, &self.op[..usize::from(self.len)], to, Rm::R(from));
+        out.extend(self.imm);
+    }
+}
+
+/// Looks at the code for XMM0 and XMM1: an instruction without VEX has its registers in one byte, and their high bits in a REX.
+fn form(op: VecOp, code: &[u8], imm: u8) -> Form {
+    let sig = op.sig();
+    // Its result is in XMM0 always.
+    if op == VecOp::PcmpistrMask {
+        return Form::Fixed;
+    }
+    let (prefix, rest) = match code {
+        [p @ (0x66 | 0xf2 | 0xf3), rest @ ..] => (*p, rest),
+        _ => (0, code),
+    };
+    let len = match rest {
+        [0x0f, 0x38 | 0x3a, ..] => 3,
+        [0x0f, ..] => 2,
+        _ => return Form::Fixed,
+    };
+    let Some((opcode, tail)) = rest.split_at_checked(len) else { return Form::Fixed };
+    let (registers, imm) = match *tail {
+        [registers] => (registers, None),
+        [registers, last] if last == imm => (registers, Some(imm)),
+        _ => return Form::Fixed,
+    };
+    let mut op = [0; 3];
+    op[..len].copy_from_slice(opcode);
+    let any = AnyRegisters { prefix, op, len: len as u8, imm };
+    const V: Option<Ty> = Some(Ty::V128);
+    match (registers, sig.args, sig.result) {
+        (0xc1, [V, V, None], Ty::V128) => Form::Two(any),
+        (0xc0, [V, None, None], Ty::V128) => Form::One(any),
+        (0xc6, [V, Some(_), None], Ty::V128) => Form::Insert(any),
+        // A shift by an immediate has another number where the other register would be.
+        (0xd0..=0xff, [V, None, None], Ty::V128) if registers & 7 == 0 => Form::Shift(any, registers >> 3 & 7),
+        _ => Form::Fixed,
+    }
+}
+
+/// Whether the host counts leading and trailing zeroes and set bits in one instruction.
+pub(crate) fn bit_counts() -> bool {
+    vec::bit_counts()
+}
+/// Whether the host moves single lanes of vectors (SSE4.1).
+pub(crate) fn lanes() -> bool {
+    vec::lanes()
 }
 
 /// `[rsp - 8]` and `[rsp - 16]` as the operand of an x87 instruction.

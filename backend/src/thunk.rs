@@ -11,6 +11,9 @@ use crate::abi::{AccessKind, MemInfo};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Thunk(u16);
 
+/// Slots of eight bytes above the return address of a block, for values that have no register: `thunks::enter` reserves them.
+pub(crate) const SPILLS: usize = 32;
+
 /// Log2 sizes × {load, store} of one (mode, stack, full) group of probing thunks.
 const PROBES_PER_GROUP: u16 = 10;
 const FIRST_PROBE: u16 = 38;

@@ -21,7 +21,7 @@ use twofold_ir::MemFlags;
 
 use crate::abi::{AccessKind, Leave, MemInfo, reason};
 use crate::layout;
-use crate::thunk::THUNKS;
+use crate::thunk::{SPILLS, THUNKS};
 
 /// Whether this host runs translated code.
 #[must_use]
@@ -40,7 +40,7 @@ pub unsafe fn enter(state: *mut CpuState, entry: u64) -> Leave {
     Leave::decode(unsafe { enter_raw(state, entry) })
 }
 
-/// Saves what the System V convention wants kept, notes the stack pointer for faults, calls.
+/// Saves what the System V convention wants kept, makes room for spilled values, notes the stack pointer for faults, calls.
 #[unsafe(naked)]
 unsafe extern "C" fn enter_raw(state: *mut CpuState, entry: u64) -> u64 {
     naked_asm!(
@@ -51,12 +51,12 @@ unsafe extern "C" fn enter_raw(state: *mut CpuState, entry: u64) -> u64 {
         "push r14",
         "push r15",
         // The stack is now 8 bytes off a multiple of 16; the return address makes it one at a block's entry.
-        "sub rsp, 8",
+        "sub rsp, 8 + {spills}",
         "lea rax, [rsp - 8]",
         "mov [rdi + {host_sp}], rax",
         "mov rbp, rdi",
         "call rsi",
-        "add rsp, 8",
+        "add rsp, 8 + {spills}",
         "pop r15",
         "pop r14",
         "pop r13",
@@ -65,6 +65,7 @@ unsafe extern "C" fn enter_raw(state: *mut CpuState, entry: u64) -> u64 {
         "pop rbp",
         "ret",
         host_sp = const layout::HOST_SP,
+        spills = const SPILLS * 8,
     )
 }
 

@@ -221,7 +221,7 @@ fn a_helper_knows_where_it_was_called() {
 #[test]
 fn accesses_that_cross_or_miss_take_the_slow_path_and_others_do_not() {
     for probe in [Probe::Inline, Probe::OutOfLine] {
-        let mut rig = Rig::new(Options { probe, verify: true });
+        let mut rig = Rig::new(Options { probe, verify: true, ..Options::default() });
         for ty in [Ty::I8, Ty::I16, Ty::I32, Ty::I64, Ty::V128] {
             for flags in [MemFlags::NONE, MemFlags::STACK, MemFlags::ALIGNED] {
                 let mut b = Builder::new(FLAGS);

@@ -249,7 +249,7 @@ fn parsed(text: &str) -> Block {
 
 /// A region's code with what each piece of it is for.
 fn region(block: Block) -> String {
-    let mut compiler = RegionCompiler::new(Options { probe: Probe::Inline, verify: true }).unwrap();
+    let mut compiler = RegionCompiler::new(Options { verify: true, ..Options::default() }).unwrap();
     compiler.annotate(true);
     let code = compiler.compile(&[block], None, None).unwrap();
     let pieces = code.pieces();

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Machine, RIP_BASE, Rig, enter};
 use twofold_arch::{CodeSize, TbFlags};
-use twofold_backend::{Leave, Options, Probe};
+use twofold_backend::{CompileStats, Emitter, Leave, Options, Probe};
 use twofold_ir::Block;
 use twofold_ir::eval::{self, Target, reference};
 use twofold_ir::testing::{Rng, Shape, random_block};
@@ -96,7 +96,7 @@ fn check(rig: &mut Rig, b: &Block, seed: u64, fault_at: usize, runs: usize) -> u
     a.trace.len()
 }
 
-fn campaign(options: Options, seeds: std::ops::Range<u64>) {
+fn campaign(options: Options, seeds: std::ops::Range<u64>) -> CompileStats {
     let mut rig = Rig::new(options);
     for seed in seeds {
         let mut rng = Rng(seed * 77 + 1);
@@ -109,14 +109,22 @@ fn campaign(options: Options, seeds: std::ops::Range<u64>) {
             check(&mut rig, &b, seed, usize::MAX, 3);
         }
     }
+    rig.compiler.stats()
+}
+
+#[test]
+fn random_blocks_direct() {
+    let stats = campaign(Options::default(), 0..3000);
+    println!("{} of {} blocks refused", stats.refused, stats.blocks);
+    assert!(stats.refused * 20 < stats.blocks, "{stats:?}");
 }
 
 #[test]
 fn random_blocks_inline() {
-    campaign(Options { probe: Probe::Inline, verify: true }, 0..1500);
+    campaign(Options { emitter: Emitter::Cranelift, probe: Probe::Inline, verify: true }, 0..1500);
 }
 
 #[test]
 fn random_blocks_out_of_line() {
-    campaign(Options { probe: Probe::OutOfLine, verify: true }, 1000..2500);
+    campaign(Options { emitter: Emitter::Cranelift, probe: Probe::OutOfLine, verify: true }, 1000..2500);
 }

@@ -189,7 +189,7 @@ fn check(rig: &mut Rig, tb: &InstalledTb, blocks: &[Block], case: Case) -> usize
 }
 
 fn campaign(seeds: std::ops::Range<u64>, optimise: bool) {
-    let options = Options { probe: Probe::Inline, verify: true };
+    let options = Options { verify: true, ..Options::default() };
     let compiler = RegionCompiler::new(options).expect("compiler");
     let mut rig = Rig { compiler, memory: CodeMemory::new(8 << 20).expect("code memory") };
     let mut passes = Passes::default();
@@ -268,7 +268,7 @@ fn windows_cross_pages() {
                 end jump 0x0\n";
     let b = [twofold_ir::parse::parse(text).expect("a block")];
     let mut rig = Rig {
-        compiler: RegionCompiler::new(Options { probe: Probe::Inline, verify: true }).expect("compiler"),
+        compiler: RegionCompiler::new(Options { verify: true, ..Options::default() }).expect("compiler"),
         memory: CodeMemory::new(8 << 20).expect("code memory"),
     };
     let tb = rig.install(&b);
@@ -355,11 +355,11 @@ fn chain(rng: &mut Rng) -> Block {
 #[test]
 fn carry_chains() {
     let mut rig = Rig {
-        compiler: RegionCompiler::new(Options { probe: Probe::Inline, verify: true }).expect("compiler"),
+        compiler: RegionCompiler::new(Options { verify: true, ..Options::default() }).expect("compiler"),
         memory: CodeMemory::new(8 << 20).expect("code memory"),
     };
     let (mut passes, mut chained) = (Passes::default(), [0; 2]);
-    let mut quick = common::Rig::new(Options { probe: Probe::Inline, verify: true });
+    let mut quick = common::Rig::new(Options { verify: true, ..Options::default() });
     for seed in 0..400 {
         let raw = chain(&mut Rng(seed * 77 + 5));
         let mut b = raw.clone();

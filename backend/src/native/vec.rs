@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // assembly, and the bytes that it made
 
 use std::arch::is_x86_feature_detected as has;
+use std::sync::OnceLock;
 
 use twofold_ir::VecOp;
 
@@ -97,14 +98,29 @@ unsafe extern "C" {
 }
 
 fn row(op: VecOp, imm: u8) -> Option<usize> {
-    let compare = matches!(op, VecOp::Cmpps | VecOp::Cmppd | VecOp::Cmpss | VecOp::Cmpsd);
-    let fits = |r: &Row| r.op == op && r.feature.there() && (!compare || imm < 8 || r.feature == Feature::Avx);
-    ROWS.iter().position(fits)
+    // Looked for once: with an immediate below 8, and with another.
+    static FOUND: OnceLock<Vec<[Option<usize>; 2]>> = OnceLock::new();
+    let find = |op: VecOp, large: bool| {
+        let compare = matches!(op, VecOp::Cmpps | VecOp::Cmppd | VecOp::Cmpss | VecOp::Cmpsd);
+        let fits = |r: &Row| r.op == op && r.feature.there() && (!compare || !large || r.feature == Feature::Avx);
+        ROWS.iter().position(fits)
+    };
+    let all = FOUND.get_or_init(|| VecOp::ALL.iter().map(|&op| [find(op, false), find(op, true)]).collect());
+    all[op as usize][usize::from(imm >= 8)]
 }
 
 /// Whether the host has CRC32, and PDEP and PEXT.
 pub(crate) fn int_features() -> (bool, bool) {
     (has!("sse4.2"), has!("bmi2"))
+}
+
+/// Whether the host has LZCNT, TZCNT and POPCNT.
+pub(crate) fn bit_counts() -> bool {
+    has!("lzcnt") && has!("bmi1") && has!("popcnt")
+}
+/// Whether the host has PINSRQ and PEXTRQ.
+pub(crate) fn lanes() -> bool {
+    has!("sse4.1")
 }
 
 /// Whether the host computes an op.
@@ -155,6 +171,9 @@ natives! {
         op Fmsubaddpd "vfmsubadd132pd xmm0, xmm2, xmm1";
     }
     Avx {
+        op Pblendvb "vpblendvb xmm0, xmm0, xmm1, xmm2";
+        op Blendvps "vblendvps xmm0, xmm0, xmm1, xmm2";
+        op Blendvpd "vblendvpd xmm0, xmm0, xmm1, xmm2";
         op Permilps "vpermilps xmm0, xmm0, xmm1";
         op Permilpd "vpermilpd xmm0, xmm0, xmm1";
         imm Cmpps "vcmpps xmm0, xmm0, xmm1, 0";
@@ -200,6 +219,61 @@ natives! {
         imm Gf2p8affineinvqb "gf2p8affineinvqb xmm0, xmm1, 0";
     }
     Sse42 {
+        op And "pand xmm0, xmm1";
+        op Or "por xmm0, xmm1";
+        op Xor "pxor xmm0, xmm1";
+        op Andn "pandn xmm0, xmm1";
+        op Paddb "paddb xmm0, xmm1";
+        op Paddw "paddw xmm0, xmm1";
+        op Paddd "paddd xmm0, xmm1";
+        op Paddq "paddq xmm0, xmm1";
+        op Psubb "psubb xmm0, xmm1";
+        op Psubw "psubw xmm0, xmm1";
+        op Psubd "psubd xmm0, xmm1";
+        op Psubq "psubq xmm0, xmm1";
+        op Pcmpeqb "pcmpeqb xmm0, xmm1";
+        op Pcmpeqw "pcmpeqw xmm0, xmm1";
+        op Pcmpeqd "pcmpeqd xmm0, xmm1";
+        op Pcmpgtb "pcmpgtb xmm0, xmm1";
+        op Pcmpgtw "pcmpgtw xmm0, xmm1";
+        op Pcmpgtd "pcmpgtd xmm0, xmm1";
+        op Punpcklbw "punpcklbw xmm0, xmm1";
+        op Punpcklwd "punpcklwd xmm0, xmm1";
+        op Punpckldq "punpckldq xmm0, xmm1";
+        op Punpcklqdq "punpcklqdq xmm0, xmm1";
+        op Punpckhbw "punpckhbw xmm0, xmm1";
+        op Punpckhwd "punpckhwd xmm0, xmm1";
+        op Punpckhdq "punpckhdq xmm0, xmm1";
+        op Punpckhqdq "punpckhqdq xmm0, xmm1";
+        op Movss "movss xmm0, xmm1";
+        op Movsd "movsd xmm0, xmm1";
+        imm PsllwImm "psllw xmm0, 0";
+        imm PslldImm "pslld xmm0, 0";
+        imm PsllqImm "psllq xmm0, 0";
+        imm PsrlwImm "psrlw xmm0, 0";
+        imm PsrldImm "psrld xmm0, 0";
+        imm PsrlqImm "psrlq xmm0, 0";
+        imm PsrawImm "psraw xmm0, 0";
+        imm PsradImm "psrad xmm0, 0";
+        imm Pslldq "pslldq xmm0, 0";
+        imm Psrldq "psrldq xmm0, 0";
+        imm Pshufd "pshufd xmm0, xmm0, 0";
+        imm Pshuflw "pshuflw xmm0, xmm0, 0";
+        imm Pshufhw "pshufhw xmm0, xmm0, 0";
+        imm Shufps "shufps xmm0, xmm1, 0";
+        imm Shufpd "shufpd xmm0, xmm1, 0";
+        imm Palignr "palignr xmm0, xmm1, 0";
+        imm Pblendw "pblendw xmm0, xmm1, 0";
+        imm Blendps "blendps xmm0, xmm1, 0";
+        imm Blendpd "blendpd xmm0, xmm1, 0";
+        imm Pinsrb "pinsrb xmm0, esi, 0";
+        imm Pinsrw "pinsrw xmm0, esi, 0";
+        imm Pinsrd "pinsrd xmm0, esi, 0";
+        imm Pinsrq "pinsrq xmm0, rsi, 0";
+        imm Pextrb "pextrb eax, xmm0, 0";
+        imm Pextrw "pextrw eax, xmm0, 0";
+        imm Pextrd "pextrd eax, xmm0, 0";
+        imm Pextrq "pextrq rax, xmm0, 0";
         op Paddsb "paddsb xmm0, xmm1";
         op Paddsw "paddsw xmm0, xmm1";
         op Paddusb "paddusb xmm0, xmm1";

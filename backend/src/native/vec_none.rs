@@ -7,6 +7,15 @@ pub(crate) fn int_features() -> (bool, bool) {
     (false, false)
 }
 
+/// Whether the host has LZCNT, TZCNT and POPCNT.
+pub(crate) fn bit_counts() -> bool {
+    false
+}
+/// Whether the host has PINSRQ and PEXTRQ.
+pub(crate) fn lanes() -> bool {
+    false
+}
+
 /// Whether the host computes an op.
 pub(crate) fn exists(_op: VecOp, _imm: u8) -> bool {
     false
