@@ -17,7 +17,7 @@ use twofold_ir::Block;
 
 use crate::assemble::{Emitted, Target, assemble};
 use crate::code::MAX_TB_BYTES;
-use crate::direct;
+use crate::direct::DirectEmitter;
 use crate::lower::{self, Buffers};
 use crate::native::Native;
 use crate::origin::Origin;
@@ -121,6 +121,10 @@ impl CompiledTb {
     pub fn len(&self) -> usize {
         self.code.len()
     }
+    /// Whether code memory takes it.
+    pub(crate) fn fits(&self) -> bool {
+        self.code.len() + self.slots.len() * 32 <= MAX_TB_BYTES
+    }
     /// Whether there is no code; never so for a compiled block.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -150,7 +154,7 @@ pub struct Compiler {
     context: Context,
     control: ControlPlane,
     buffers: Buffers,
-    direct: direct::Scratch,
+    direct: DirectEmitter,
     stats: CompileStats,
     annotate: bool,
 }
@@ -172,7 +176,7 @@ impl Compiler {
         }
         let isa = host_isa("none").ok_or(CompileError::Unavailable)?;
         let (context, control, buffers) = (Context::new(), ControlPlane::default(), Buffers::default());
-        let (direct, stats) = (direct::Scratch::default(), CompileStats::default());
+        let (direct, stats) = (DirectEmitter::default(), CompileStats::default());
         Ok(Self { options, isa, context, control, buffers, direct, stats, annotate: false })
     }
 
@@ -234,10 +238,11 @@ impl Compiler {
 
     fn compile_inner(&mut self, block: &Block, counter: Option<u32>) -> Result<CompiledTb, CompileError> {
         if self.options.emitter == Emitter::Direct && self.options.probe == Probe::Inline {
-            match direct::emit(block, counter, &mut self.direct, self.annotate) {
-                Ok(tb) => return fits(tb),
-                Err(_refused) => self.stats.refused += 1,
+            self.direct.annotate(self.annotate);
+            if let Some(tb) = self.direct.emit(block, counter) {
+                return Ok(tb);
             }
+            self.stats.refused += 1;
         }
         self.context.clear();
         let lowered = lower::lower(&mut self.context.func, block, &mut self.buffers)?;
@@ -251,12 +256,9 @@ impl Compiler {
             return Err(CompileError::TooLarge);
         }
         let emitted = emitted(&self.context.func, buffer, lowered.exits.len(), self.annotate)?;
-        fits(assemble(&emitted, &lowered, block, self.options.probe, counter)?)
+        let tb = assemble(&emitted, &lowered, block, self.options.probe, counter)?;
+        if tb.fits() { Ok(tb) } else { Err(CompileError::TooLarge) }
     }
-}
-
-fn fits(tb: CompiledTb) -> Result<CompiledTb, CompileError> {
-    if tb.code.len() + tb.slots.len() * 32 > MAX_TB_BYTES { Err(CompileError::TooLarge) } else { Ok(tb) }
 }
 
 /// Takes out of Cranelift's buffer what `assemble` needs.

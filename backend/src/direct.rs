@@ -22,7 +22,7 @@ use twofold_arch::CodeSize;
 use twofold_arch::fpu::X87Op;
 use twofold_ir::{BinOp, Block, Exit, Helper, Op, Ty, Value};
 
-use crate::compiler::{CompileError, CompiledTb};
+use crate::compiler::CompiledTb;
 use crate::emit::{Emitter, JMP, Place};
 use crate::layout;
 use crate::native::Native;
@@ -31,27 +31,36 @@ use crate::thunk::Thunk;
 use places::{Info, Places};
 use x64::{Alu, Mem, RAX, RBP, RCX, RDX, RSI, Rm};
 
-/// Memory kept from block to block.
+/// Emits blocks; keeps its memory from one to the next.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch {
+pub struct DirectEmitter {
     places: Places,
+    annotate: bool,
+}
+
+impl DirectEmitter {
+    /// From now on, whether to note what guest instruction each piece of host code is from ([`CompiledTb::pieces`]).
+    pub fn annotate(&mut self, wanted: bool) {
+        self.annotate = wanted;
+    }
+
+    /// Emits a block; with `counter` its code adds one to that entry of the table at `CpuState::exec_counts` each time. `None` when
+    /// there is something in it that only Cranelift has code for.
+    pub fn emit(&mut self, block: &Block, counter: Option<u32>) -> Option<CompiledTb> {
+        let tb = emit(block, counter, &mut self.places, self.annotate).ok()?;
+        tb.fits().then_some(tb)
+    }
 }
 
 /// Why a block is left to Cranelift.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Refused {
+enum Refused {
     /// An op that this host has no instruction for, a way out that is not written here.
     Op,
     /// More values at once than there are places.
     Places,
     /// Not a block.
     Malformed,
-}
-
-impl From<Refused> for CompileError {
-    fn from(_: Refused) -> Self {
-        CompileError::Malformed
-    }
 }
 
 struct Direct<'a> {
@@ -64,19 +73,13 @@ struct Direct<'a> {
     insn: u16,
 }
 
-/// Emits a block.
-pub(crate) fn emit(
-    block: &Block,
-    counter: Option<u32>,
-    scratch: &mut Scratch,
-    annotate: bool,
-) -> Result<CompiledTb, Refused> {
+fn emit(block: &Block, counter: Option<u32>, places: &mut Places, annotate: bool) -> Result<CompiledTb, Refused> {
     let end = block.end.ok_or(Refused::Malformed)?;
     let full = block.ops.iter().any(|op| op.result() == Some(Ty::V128));
-    scratch.places.start(block, &end);
-    fold(block, &mut scratch.places.info);
+    places.start(block, &end);
+    fold(block, &mut places.info);
     let e = Emitter::new(block, full, 24 * block.ops.len(), annotate);
-    let mut d = Direct { e, block, p: &mut scratch.places, now: 0, insn: 0 };
+    let mut d = Direct { e, block, p: places, now: 0, insn: 0 };
     let entry = d.e.entry(false, 0, counter);
     let mut insns = block.insns.iter().enumerate().peekable();
     for (i, op) in block.ops.iter().enumerate() {

@@ -32,6 +32,7 @@ mod thunks;
 pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo, portable_vec_ops};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Emitter, Options, Probe};
+pub use direct::DirectEmitter;
 pub use disasm::{HostInsn, HostPiece, disassemble};
 pub use origin::Role;
 pub use region::{Counter, Guard, REGION_SLOTS, RegionCompiler};

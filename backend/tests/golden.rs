@@ -290,7 +290,7 @@ fn emitted_code_is_as_recorded() {
     for (name, what, block) in idioms().into_iter().chain(texts) {
         let mut text = format!("; {what}\n");
         for probe in [Probe::Inline, Probe::OutOfLine] {
-            let mut compiler = Compiler::new(Options { probe, verify: true }).unwrap();
+            let mut compiler = Compiler::new(Options { probe, verify: true, ..Options::default() }).unwrap();
             let tb = compiler.compile(&block).unwrap();
             let listing = tb.listing();
             compiler.annotate(true);

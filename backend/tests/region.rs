@@ -7,7 +7,7 @@ mod common;
 
 use common::{Machine, RIP_BASE, enter};
 use twofold_arch::{CcKind, CcOp, CodeSize, CondCode, Loc, TbFlags};
-use twofold_backend::{CodeMemory, InstalledTb, Leave, Options, Probe, REGION_SLOTS, RegionCompiler};
+use twofold_backend::{CodeMemory, InstalledTb, Leave, Options, REGION_SLOTS, RegionCompiler};
 use twofold_ir::eval::{self, Target, reference};
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 use twofold_ir::testing::{Rng, Shape, random_block};

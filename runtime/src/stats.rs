@@ -68,6 +68,8 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             },
             "compile_requests": c.compile_requests,
             "compile_refused": c.compile_refused,
+            "emitted": c.emitted,
+            "emit_refused": c.emit_refused,
             "compile_stale": c.compile_stale,
             "compile_seconds": seconds(c.compile_ns),
             "code_bytes": c.code_bytes,

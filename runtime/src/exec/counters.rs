@@ -114,6 +114,10 @@ pub struct Counters {
     pub region_ns: u64,
     /// Blocks the compiler refused.
     pub compile_refused: u64,
+    /// Blocks that got host code when they were translated.
+    pub emitted: u64,
+    /// Blocks that the direct emitter left to the compile thread.
+    pub emit_refused: u64,
     /// Blocks that died while they were compiled.
     pub compile_stale: u64,
     /// Time of the compile thread, host nanoseconds.

@@ -3,7 +3,7 @@
 //! Held by whichever vCPU runs. Invariant: `queue` is `None` exactly when no tier above the evaluator is wanted or to be had.
 
 use twofold_arch::{PhysAddr, TbFlags};
-use twofold_backend::{CodeMemory, HelperTable, Options, REGION_SLOTS, SlotRef};
+use twofold_backend::{CodeMemory, DirectEmitter, Emitter, HelperTable, Options, REGION_SLOTS, SlotRef};
 use twofold_ir::passes::Passes;
 
 use super::cache::CodeCache;
@@ -18,6 +18,8 @@ use crate::profile::PerfLog;
 /// When a block moves up.
 #[derive(Clone, Copy, Debug)]
 pub struct TierPolicy {
+    /// Whether blocks get host code when they are translated.
+    pub at_once: bool,
     /// Evaluator runs after which a block is compiled when the compile thread has nothing else to do; 0: never.
     pub cool: u32,
     /// Evaluator runs after which a block is sent to the compile thread.
@@ -47,6 +49,8 @@ pub struct Jit {
     pub passes: Passes,
     /// Host code; `None` when the evaluator runs everything.
     pub code: Option<CodeMemory>,
+    /// Writes host code as blocks are translated.
+    pub direct: DirectEmitter,
     /// What earlier runs compiled.
     pub cache: Option<CodeCache>,
     /// The compile thread.
@@ -98,6 +102,7 @@ impl Jit {
         let queue = code.as_ref().and_then(|_| CompileQueue::start(options));
         let wait = tier != Tier::Auto;
         let policy = TierPolicy {
+            at_once: queue.is_some() && options.emitter == Emitter::Direct,
             cool: 0,
             warm: if wait { 1 } else { WARM },
             hot: HOT,
@@ -109,6 +114,7 @@ impl Jit {
             tbs: TbStore::default(),
             passes: Passes::default(),
             code,
+            direct: DirectEmitter::default(),
             cache: None,
             queue,
             policy,

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the bytes of a block are watched for writes from before they are read, so none is ever stale.
 
-use twofold_arch::{LinearAddr, PAGE_MASK, PhysAddr};
+use twofold_arch::{LinearAddr, PAGE_MASK, PhysAddr, TbFlags};
 use twofold_frontend::{FetchFault, MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
 use twofold_ir::eval::Program;
@@ -71,20 +71,22 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
     if !vcpu.debug.is_empty() {
         trace(vcpu, &block, page, rip, DebugItem::Ir);
     }
-    vcpu.jit.passes.run(&mut block, &PassOptions::default());
+    let at_once = vcpu.jit.policy.at_once && !key.flags.has(TbFlags::ONE_INSN);
+    let options = if at_once { PassOptions::HOST } else { PassOptions::default() };
+    vcpu.jit.passes.run(&mut block, &options);
     if !vcpu.debug.is_empty() {
         trace(vcpu, &block, page, rip, DebugItem::IrOpt);
     }
-    let id = store(vcpu, key, second, rip, &block);
+    let insn_offs = block.insns.iter().map(|i| i.off).collect();
+    let program = (!at_once).then(|| Program::new(&block));
+    let id = insert(vcpu, key, (second, rip), block.byte_len() as u64, insn_offs, program);
+    if at_once && !super::compile::emit(vcpu, id, &block) {
+        vcpu.jit.tbs.get_mut(id).program = Some(Program::new(&block));
+    }
     vcpu.counters.tbs_translated += 1;
     vcpu.counters.insns_translated += block.insns.len() as u64;
     vcpu.counters.bytes_translated += block.byte_len() as u64;
     Ok(id)
-}
-
-fn store(vcpu: &mut Vcpu, key: TbKey, second: Option<PhysAddr>, rip: u64, block: &Block) -> TbId {
-    let insn_offs = block.insns.iter().map(|i| i.off).collect();
-    insert(vcpu, key, (second, rip), block.byte_len() as u64, insn_offs, Some(Program::new(block)))
 }
 
 /// A block that an earlier run has compiled: with its host code, and without anything for the evaluator.
