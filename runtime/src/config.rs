@@ -110,7 +110,7 @@ impl DebugItem {
         (DebugItem::InAsm, "in_asm", "guest instructions of each block as it is translated"),
         (DebugItem::Ir, "ir", "each block's IR as the front end made it"),
         (DebugItem::IrOpt, "ir_opt", "each block's IR after the passes"),
-        (DebugItem::Clif, "clif", "Cranelift IR of each compiled block"),
+        (DebugItem::Clif, "clif", "Cranelift IR of each region, and of blocks that go through Cranelift"),
         (
             DebugItem::OutAsm,
             "out_asm",
