@@ -24,20 +24,8 @@ pub struct Registers {
     pub ftw: u16,
 }
 
-/// Runs an instruction: `first` is its first byte less 0xd8, a memory form uses only ModRM's `reg`. `flags` are the
-/// guest's arithmetic flags, and the returned ones what it made of them. `None` on hosts without an x87.
 #[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
-#[must_use]
-pub fn run(
-    _r: Registers,
-    _first: u16,
-    _modrm: u8,
-    _memory: bool,
-    _flags: u64,
-    _operand: &mut [u8; 16],
-) -> Option<(Registers, u64)> {
-    None
-}
+pub use super::soft::run;
 
 /// Brings the guest's x87 registers into the host's unit. All exceptions are masked.
 #[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
@@ -154,7 +142,8 @@ mod x86_64 {
         }
     }
 
-    /// See the module.
+    /// Runs an instruction: `first` is its first byte less 0xd8, a memory form uses only ModRM's `reg`. `flags` are the guest's
+    /// arithmetic flags, and the returned ones what it made of them.
     #[must_use]
     pub fn run(
         r: Registers,
@@ -163,7 +152,7 @@ mod x86_64 {
         memory: bool,
         flags: u64,
         operand: &mut [u8; 16],
-    ) -> Option<(Registers, u64)> {
+    ) -> (Registers, u64) {
         let stub = stub(first as u8, modrm, memory);
         let mut image = Image::new(&r);
         let mut flags = flags & rflags::ARITH | 2;
@@ -186,7 +175,7 @@ mod x86_64 {
                 out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
             );
         }
-        Some((Registers { fcw: r.fcw, ..image.registers() }, flags))
+        (Registers { fcw: r.fcw, ..image.registers() }, flags)
     }
 
     /// Brings the guest's x87 registers into the host's unit. All exceptions are masked.

@@ -8,6 +8,8 @@ pub mod area;
 pub mod env;
 pub mod host;
 pub mod mxcsr;
+#[cfg(any(test, not(all(target_arch = "x86_64", not(portable_host)))))]
+mod soft;
 pub mod vector;
 pub mod x87;
 
@@ -128,9 +130,7 @@ pub fn x87(v: &mut impl Guest, opcode: u64, la: u64, rip: u64, how: u64) -> Help
             if memory && !stores {
                 v.load(la, &mut operand[..bytes], on_behalf)?;
             }
-            let Some(done) = x87::compute(v.state(), opcode as u16, memory, &mut operand) else {
-                return fault(Exception::UD);
-            };
+            let done = x87::compute(v.state(), opcode as u16, memory, &mut operand);
             if stores && done.stored {
                 v.store(la, &operand[..bytes], on_behalf)?;
             }

@@ -2,8 +2,8 @@
 //!
 //! An instruction that computes runs on the host's own x87 unit (see [`super::host`]) with the guest's registers, tags,
 //! control word and flags, so precision, rounding, NaNs, stack faults, condition codes and the responses to unmasked
-//! exceptions are the processor's. The rest (control and environment) is done here. On hosts that are not x86-64 computing
-//! instructions raise #UD.
+//! exceptions are the processor's. The rest (control and environment) is done here. On hosts that are not x86-64 `soft` has
+//! its place.
 
 use twofold_arch::fpu::{fcw, fsw};
 use twofold_arch::{CcOp, CpuState};
@@ -164,9 +164,8 @@ fn sets_flags(first: u16, modrm: u8) -> bool {
 }
 
 /// Runs a computing instruction on a copy of the x87 state. `operand` is the memory operand, read or written.
-/// `None` when this host cannot.
 #[must_use]
-pub fn compute(s: &CpuState, opcode: u16, memory: bool, operand: &mut [u8; 16]) -> Option<Done> {
+pub fn compute(s: &CpuState, opcode: u16, memory: bool, operand: &mut [u8; 16]) -> Done {
     let (first, modrm) = (opcode >> 8 & 7, opcode as u8);
     let registers = host::Registers {
         fpr: s.fpr,
@@ -175,11 +174,11 @@ pub fn compute(s: &CpuState, opcode: u16, memory: bool, operand: &mut [u8; 16]) 
         fsw: s.fsw & !(fsw::EXCEPTIONS | fsw::SF | fsw::ES | fsw::B),
         ftw: s.ftw,
     };
-    let (registers, flags) = host::run(registers, first, modrm, memory, s.rflags(), operand)?;
+    let (registers, flags) = host::run(registers, first, modrm, memory, s.rflags(), operand);
     let unmasked = registers.fsw & fsw::EXCEPTIONS & !s.fcw;
-    Some(Done {
+    Done {
         registers,
         flags: (!memory && sets_flags(first, modrm)).then_some(flags & twofold_arch::control::rflags::ARITH),
         stored: unmasked & !fsw::PE == 0,
-    })
+    }
 }
