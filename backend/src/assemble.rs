@@ -15,7 +15,7 @@
 use twofold_ir::Block;
 
 use crate::compiler::{CompileError, CompiledSlot, CompiledTb, Probe};
-use crate::emit::{Emitter, JMP, Place, Stub, UNFRAME};
+use crate::emit::{Buffers, Emitter, JMP, Place, Stub, UNFRAME};
 use crate::lower::Lowered;
 use crate::native::Native;
 use crate::origin::Role;
@@ -70,7 +70,9 @@ pub(crate) fn assemble(
     let fixed = lowered.fixed || code.len() != last + emitted.traps.len() * 2;
 
     let slots = lowered.slots.iter().map(|&off| CompiledSlot { at: 0, off, page: 0 }).collect();
-    let mut a = Emitter::new(block, lowered.full, code.len(), emitted.locations.is_some());
+    let mut buffers = Buffers::default();
+    let mut a = Emitter::new(block, lowered.full, emitted.locations.is_some(), &mut buffers);
+    a.out.reserve(code.len() + 256);
     (a.framed, a.slots) = (framed, slots);
     let entry = a.entry(fixed, prologue, counter);
     // Body: pieces between the places that are written anew.
@@ -114,7 +116,7 @@ pub(crate) fn assemble(
         }
     }
     a.copy(emitted, from, end)?;
-    Ok(CompiledTb { fixed, ..a.finish(entry) })
+    Ok(CompiledTb { fixed, ..a.finish(entry, &mut buffers) })
 }
 
 /// Code in the five bytes of a call, if it fits.

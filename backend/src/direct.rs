@@ -23,7 +23,7 @@ use twofold_arch::fpu::X87Op;
 use twofold_ir::{BinOp, Block, Exit, Helper, Op, Ty, Value};
 
 use crate::compiler::CompiledTb;
-use crate::emit::{Emitter, JMP, Place};
+use crate::emit::{Buffers, Emitter, JMP, Place};
 use crate::layout;
 use crate::native::Native;
 use crate::origin::Role;
@@ -35,6 +35,7 @@ use x64::{Alu, Mem, RAX, RBP, RCX, RDX, RSI, Rm};
 #[derive(Debug, Default)]
 pub struct DirectEmitter {
     places: Places,
+    buffers: Buffers,
     annotate: bool,
 }
 
@@ -47,8 +48,13 @@ impl DirectEmitter {
     /// Emits a block; with `counter` its code adds one to that entry of the table at `CpuState::exec_counts` each time. `None` when
     /// there is something in it that only Cranelift has code for.
     pub fn emit(&mut self, block: &Block, counter: Option<u32>) -> Option<CompiledTb> {
-        let tb = emit(block, counter, &mut self.places, self.annotate).ok()?;
+        let tb = emit(block, counter, self).ok()?;
         tb.fits().then_some(tb)
+    }
+
+    /// Takes back the memory of a block that nobody needs any more: the next one is written there.
+    pub fn recycle(&mut self, tb: CompiledTb) {
+        self.buffers.recycle(tb);
     }
 }
 
@@ -73,12 +79,13 @@ struct Direct<'a> {
     insn: u16,
 }
 
-fn emit(block: &Block, counter: Option<u32>, places: &mut Places, annotate: bool) -> Result<CompiledTb, Refused> {
+fn emit(block: &Block, counter: Option<u32>, emitter: &mut DirectEmitter) -> Result<CompiledTb, Refused> {
+    let DirectEmitter { places, buffers, annotate } = emitter;
     let end = block.end.ok_or(Refused::Malformed)?;
     let full = block.ops.iter().any(|op| op.result() == Some(Ty::V128));
     places.start(block, &end);
     fold(block, &mut places.info);
-    let e = Emitter::new(block, full, 24 * block.ops.len(), annotate);
+    let e = Emitter::new(block, full, *annotate, buffers);
     let mut d = Direct { e, block, p: places, now: 0, insn: 0 };
     let entry = d.e.entry(false, 0, counter);
     let mut insns = block.insns.iter().enumerate().peekable();
@@ -103,7 +110,7 @@ fn emit(block: &Block, counter: Option<u32>, places: &mut Places, annotate: bool
     d.p.begin(d.now);
     d.e.mark(Role::Exit, d.insn);
     d.end(&end)?;
-    Ok(d.e.finish(entry))
+    Ok(d.e.finish(entry, buffers))
 }
 
 /// Finds the ops that are computed where they are used.

@@ -89,29 +89,66 @@ pub struct Emitter<'a> {
     /// Displacements that go to stubs.
     pub fixups: Vec<(u32, usize)>,
     pub origins: Origins,
+    places: Vec<u32>,
+}
+
+/// Memory that is used for one block after the other. What is in it means nothing.
+#[derive(Default)]
+pub struct Buffers {
+    code: Vec<u8>,
+    calls: Vec<(u32, Thunk)>,
+    slots: Vec<CompiledSlot>,
+    returns: Vec<(u32, u16)>,
+    stubs: Vec<Stub>,
+    fixups: Vec<(u32, usize)>,
+    places: Vec<u32>,
+}
+
+impl std::fmt::Debug for Buffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Buffers").finish_non_exhaustive()
+    }
+}
+
+impl Buffers {
+    /// Takes back the memory of a block that nobody needs any more.
+    pub fn recycle(&mut self, tb: CompiledTb) {
+        (self.code, self.calls, self.slots, self.returns) = (tb.code, tb.calls, tb.slots, tb.returns);
+    }
+}
+
+/// The vector without what is in it.
+fn emptied<T>(mut v: Vec<T>) -> Vec<T> {
+    v.clear();
+    v
 }
 
 impl<'a> Emitter<'a> {
-    /// Nothing yet of a block; `full` if called thunks must keep vector registers, with room for `bytes`.
-    pub fn new(block: &'a Block, full: bool, bytes: usize, annotate: bool) -> Self {
+    /// Nothing yet of a block; `full` if called thunks must keep vector registers.
+    pub fn new(block: &'a Block, full: bool, annotate: bool, buffers: &mut Buffers) -> Self {
+        let Buffers { code, calls, slots, returns, stubs, fixups, places } = std::mem::take(buffers);
+        let mut stubs = emptied(stubs);
+        stubs.push(Stub::Budget);
         Self {
-            out: Vec::with_capacity(bytes + 256),
+            out: emptied(code),
             block,
             full,
             framed: false,
-            calls: Vec::new(),
-            slots: Vec::new(),
-            returns: Vec::new(),
-            stubs: vec![Stub::Budget],
-            fixups: Vec::new(),
+            calls: emptied(calls),
+            slots: emptied(slots),
+            returns: emptied(returns),
+            stubs,
+            fixups: emptied(fixups),
             origins: Origins { wanted: annotate, list: Vec::new() },
+            places: emptied(places),
         }
     }
 
     /// Writes what lies behind the body, and gives the block, which is entered at `entry`.
-    pub fn finish(mut self, entry: usize) -> CompiledTb {
+    pub fn finish(mut self, entry: usize, buffers: &mut Buffers) -> CompiledTb {
         self.finish_stubs();
         self.returns.sort_unstable();
+        (buffers.stubs, buffers.fixups, buffers.places) = (self.stubs, self.fixups, self.places);
         CompiledTb {
             code: self.out,
             entry: entry as u32,
@@ -327,16 +364,15 @@ impl<'a> Emitter<'a> {
 
     pub fn finish_stubs(&mut self) {
         let mut n = 0;
-        let mut at = Vec::with_capacity(self.stubs.len());
         while n < self.stubs.len() {
-            at.push(self.here());
+            self.places.push(self.here());
             // A stub makes no further ones.
             let stub = std::mem::replace(&mut self.stubs[n], Stub::Budget);
             self.finish_stub(stub);
             n += 1;
         }
         for &(field, n) in &self.fixups {
-            let d = at[n].wrapping_sub(field + 4);
+            let d = self.places[n].wrapping_sub(field + 4);
             self.out[field as usize..field as usize + 4].copy_from_slice(&d.to_le_bytes());
         }
     }

@@ -65,6 +65,14 @@ pub struct FetchFault;
 /// # Errors
 /// [`FetchFault`] when the very first instruction crosses into a page that cannot be fetched.
 pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
+    translate_block_in(req, Block::default())
+}
+
+/// The same in the memory of a block that nobody needs any more.
+///
+/// # Errors
+/// As [`translate_block`].
+pub fn translate_block_in(req: Request<'_>, spare: Block) -> Result<Block, FetchFault> {
     let page = &req.page[..req.page.len().min(4096 - usize::from(req.off & 0xfff))];
     let bitness = match req.flags.size() {
         CodeSize::Bits16 => 16,
@@ -74,7 +82,7 @@ pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
     let one_insn = req.flags.0 & (TbFlags::TF | TbFlags::ONE_INSN) != 0;
     let max_insns = if one_insn { 1 } else { req.max_insns.max(1) };
     let mut decoder = Decoder::with_ip(bitness, page, u64::from(req.off), DecoderOptions::NONE);
-    let mut t = Translator::new(req.flags, req.features, page, req.off);
+    let mut t = Translator::new(req.flags, req.features, page, req.off, spare);
     let mut last = false;
     loop {
         let start = decoder.position();
@@ -85,7 +93,7 @@ pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
                 // Not a same-page link: the instruction is a block of its own, found by both its pages.
                 return Ok(t.finish(Exit::JumpFar { off: i32::from(off) }));
             }
-            return translate_crossing(req, page, bitness);
+            return translate_crossing(req, page, bitness, std::mem::take(&mut t.b).into_block());
         }
         t.begin(off, start);
         translate_insn(&mut t);
@@ -104,14 +112,14 @@ pub fn translate_block(req: Request<'_>) -> Result<Block, FetchFault> {
 }
 
 /// Translates the one instruction whose first bytes are `head` and which goes on in the next page.
-fn translate_crossing(req: Request<'_>, head: &[u8], bitness: u32) -> Result<Block, FetchFault> {
+fn translate_crossing(req: Request<'_>, head: &[u8], bitness: u32, spare: Block) -> Result<Block, FetchFault> {
     let tail = (req.next_page)().ok_or(FetchFault)?;
     let mut bytes = [0u8; 2 * MAX_INSN_LEN];
     let head = &head[..head.len().min(MAX_INSN_LEN)];
     bytes[..head.len()].copy_from_slice(head);
     bytes[head.len()..head.len() + MAX_INSN_LEN].copy_from_slice(&tail);
     let bytes = &bytes[..head.len() + MAX_INSN_LEN];
-    let mut t = Translator::new(req.flags, req.features, bytes, req.off);
+    let mut t = Translator::new(req.flags, req.features, bytes, req.off, spare);
     Decoder::with_ip(bitness, bytes, u64::from(req.off), DecoderOptions::NONE).decode_out(&mut t.insn);
     t.b.set_crosses_page();
     t.begin(req.off, 0);

@@ -68,11 +68,11 @@ pub(crate) enum X87Place {
 }
 
 impl<'a> Translator<'a> {
-    /// A translator for a block of `bytes` that starts at page offset `off`.
+    /// A translator for a block of `bytes` that starts at page offset `off`, in the memory of one that nobody needs any more.
     #[must_use]
-    pub fn new(flags: TbFlags, features: Features, bytes: &'a [u8], off: u16) -> Self {
+    pub fn new(flags: TbFlags, features: Features, bytes: &'a [u8], off: u16, spare: Block) -> Self {
         Self {
-            b: Builder::new(flags),
+            b: Builder::reusing(flags, spare),
             insn: crate::no_instruction(),
             vex: false,
             flags,

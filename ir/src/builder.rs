@@ -17,8 +17,23 @@ pub struct Builder {
 impl Builder {
     #[must_use]
     pub fn new(flags: TbFlags) -> Self {
-        let block = Block { flags, ops: Vec::with_capacity(128), insns: Vec::with_capacity(16), ..Block::default() };
-        Self { block }
+        Self::reusing(flags, Block::default())
+    }
+    /// A builder in the memory of a block that nobody needs any more.
+    #[must_use]
+    pub fn reusing(flags: TbFlags, spare: Block) -> Self {
+        let Block { mut ops, mut exits, mut insns, .. } = spare;
+        ops.clear();
+        exits.clear();
+        insns.clear();
+        ops.reserve(128);
+        insns.reserve(16);
+        Self { block: Block { flags, ops, exits, insns, ..Block::default() } }
+    }
+    /// The block as it is, without an end.
+    #[must_use]
+    pub fn into_block(self) -> Block {
+        self.block
     }
     /// The block so far.
     #[must_use]

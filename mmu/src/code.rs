@@ -81,6 +81,14 @@ fn chunk_mask(off: u64, len: u64) -> u64 {
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
 }
 
+/// Calls `f` with the number of each chunk of a mask.
+fn each_chunk(mut mask: u64, mut f: impl FnMut(usize)) {
+    while mask != 0 {
+        f(mask.trailing_zeros() as usize);
+        mask &= mask - 1;
+    }
+}
+
 /// A lock that another thread's panic left behind is still good: every update below is complete in itself.
 fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -123,9 +131,7 @@ impl CodePages {
         });
         page.blocks += 1;
         let mask = chunk_mask(pa.page_offset(), len);
-        for (i, n) in page.chunks.iter_mut().enumerate() {
-            *n += (mask >> i & 1) as u32;
-        }
+        each_chunk(mask, |i| page.chunks[i] += 1);
         page.mask |= mask;
         let bit = 1 << (number % 64);
         word.fetch_or(bit, Ordering::AcqRel) & bit == 0
@@ -137,14 +143,12 @@ impl CodePages {
         let mut pages = lock(&self.pages);
         let Some(page) = pages.get_mut(&number) else { return false };
         let mask = chunk_mask(pa.page_offset(), len);
-        for (i, n) in page.chunks.iter_mut().enumerate() {
-            if mask >> i & 1 != 0 {
-                *n = n.saturating_sub(1);
-                if *n == 0 {
-                    page.mask &= !(1 << i);
-                }
+        each_chunk(mask, |i| {
+            page.chunks[i] = page.chunks[i].saturating_sub(1);
+            if page.chunks[i] == 0 {
+                page.mask &= !(1 << i);
             }
-        }
+        });
         page.blocks = page.blocks.saturating_sub(1);
         if page.blocks != 0 {
             return false;

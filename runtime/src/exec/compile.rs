@@ -351,7 +351,7 @@ pub fn wait_for_region(vcpu: &mut Vcpu, id: TbId) {
 
 /// Gives block `id` host code at once. `false` if that is left to the compile thread.
 pub(super) fn emit(vcpu: &mut Vcpu, id: TbId, block: &Block) -> bool {
-    let start = Instant::now();
+    let start = vcpu.profile.on.then(Instant::now);
     let annotate = vcpu.debug.has(DebugItem::OutAsm);
     vcpu.jit.direct.annotate(annotate);
     let counter = vcpu.jit.counts.counter(id);
@@ -362,13 +362,14 @@ pub(super) fn emit(vcpu: &mut Vcpu, id: TbId, block: &Block) -> bool {
     keep(vcpu, id, &compiled);
     install(vcpu, id, &compiled);
     vcpu.counters.emitted += 1;
-    vcpu.counters.compile_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    vcpu.counters.compile_ns += start.map_or(0, |s| u64::try_from(s.elapsed().as_nanos()).unwrap_or(u64::MAX));
     if annotate {
         let tb = vcpu.jit.tbs.get(id);
         let (rip, flags, entry) = (tb.rip, tb.key.flags, tb.code.as_ref().map(|c| c.entry));
         let text = listing(&Piece::of(vcpu, id), None, flags, std::slice::from_ref(block), &compiled);
         show(vcpu, rip, entry, &text);
     }
+    vcpu.jit.direct.recycle(compiled);
     true
 }
 

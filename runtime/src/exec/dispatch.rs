@@ -662,7 +662,7 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
         super::translate::ensure_program(vcpu, id);
     }
     let Some(program) = &vcpu.jit.tbs.get(id).program else { return Next::Trap(Exception::UD.into()) };
-    let program: *const twofold_ir::eval::Program = program;
+    let program: *const twofold_ir::eval::Program = &**program;
     vcpu.jit.current = Some(id);
     vcpu.counters.eval_blocks += 1;
     // SAFETY: nothing is added to the store while a block runs, so the program stays where it is; a block that dies while

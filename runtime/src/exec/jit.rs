@@ -4,6 +4,7 @@
 
 use twofold_arch::{PhysAddr, TbFlags};
 use twofold_backend::{CodeMemory, DirectEmitter, Emitter, HelperTable, Options, REGION_SLOTS, SlotRef};
+use twofold_ir::Block;
 use twofold_ir::passes::Passes;
 
 use super::cache::CodeCache;
@@ -47,6 +48,8 @@ pub struct Jit {
     pub tbs: TbStore,
     /// The IR passes with their scratch memory.
     pub passes: Passes,
+    /// A block that is not needed any more, for the memory it has.
+    pub spare: Block,
     /// Host code; `None` when the evaluator runs everything.
     pub code: Option<CodeMemory>,
     /// Writes host code as blocks are translated.
@@ -113,6 +116,7 @@ impl Jit {
         Self {
             tbs: TbStore::default(),
             passes: Passes::default(),
+            spare: Block::default(),
             code,
             direct: DirectEmitter::default(),
             cache: None,

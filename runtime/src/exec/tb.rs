@@ -68,7 +68,7 @@ pub struct Tb {
     /// Times the evaluator ran it.
     pub runs: u32,
     /// Its form for the evaluator; none when it came from the cache and has not been in the evaluator.
-    pub program: Option<Program>,
+    pub program: Option<Box<Program>>,
     /// The last two places it led to in its page.
     pub successors: [Successor; 2],
     /// The physical page of its last byte, when that is another than the first's.
@@ -130,6 +130,8 @@ pub struct Removed {
 }
 
 const FRONT: usize = 1 << 14;
+/// Blocks in a chunk of the store.
+const CHUNK: usize = 256;
 
 #[derive(Clone, Copy)]
 struct FrontEntry {
@@ -142,7 +144,8 @@ const EMPTY: FrontEntry = FrontEntry { pa: u64::MAX, flags: 0, id: 0 };
 
 /// All translation blocks of a machine.
 pub struct TbStore {
-    slab: Vec<Tb>,
+    /// By number, [`CHUNK`] to a chunk: blocks stay where they are.
+    slab: Vec<Vec<Tb>>,
     by_key: HashMap<TbKey, TbId>,
     by_page: HashMap<u64, Vec<TbId>>,
     front: Box<[FrontEntry]>,
@@ -181,16 +184,16 @@ impl TbStore {
     #[inline]
     #[must_use]
     pub fn get(&self, id: TbId) -> &Tb {
-        &self.slab[id.0 as usize]
+        &self.slab[id.0 as usize / CHUNK][id.0 as usize % CHUNK]
     }
     /// The block `id`, to change.
     #[inline]
     pub fn get_mut(&mut self, id: TbId) -> &mut Tb {
-        &mut self.slab[id.0 as usize]
+        &mut self.slab[id.0 as usize / CHUNK][id.0 as usize % CHUNK]
     }
     /// Every live block.
     pub fn iter(&self) -> impl Iterator<Item = (TbId, &Tb)> {
-        self.slab.iter().enumerate().filter(|(_, t)| t.live).map(|(i, t)| (TbId(i as u32), t))
+        self.slab.iter().flatten().enumerate().filter(|(_, t)| t.live).map(|(i, t)| (TbId(i as u32), t))
     }
 
     /// Finds a block by key.
@@ -209,12 +212,12 @@ impl TbStore {
     /// Adds a block.
     pub fn insert(&mut self, tb: Tb) -> TbId {
         let (key, second) = (tb.key, tb.second_page);
-        let id = if let Some(id) = self.free.pop() {
-            self.slab[id.0 as usize] = tb;
-            id
-        } else {
-            self.slab.push(tb);
-            TbId(self.slab.len() as u32 - 1)
+        let id = match self.free.pop() {
+            Some(id) => {
+                *self.get_mut(id) = tb;
+                id
+            }
+            None => self.append(tb),
         };
         self.live += 1;
         self.by_key.insert(key, id);
@@ -223,6 +226,16 @@ impl TbStore {
             self.by_page.entry(p.0).or_default().push(id);
         }
         id
+    }
+
+    fn append(&mut self, tb: Tb) -> TbId {
+        if self.slab.last().is_none_or(|chunk| chunk.len() == CHUNK) {
+            self.slab.push(Vec::with_capacity(CHUNK));
+        }
+        let full = (self.slab.len() - 1) * CHUNK;
+        let chunk = &mut self.slab[full / CHUNK];
+        chunk.push(tb);
+        TbId((full + chunk.len() - 1) as u32)
     }
 
     /// The block with this key, if there is one.

@@ -3,7 +3,7 @@
 //! Invariant: the bytes of a block are watched for writes from before they are read, so none is ever stale.
 
 use twofold_arch::{LinearAddr, PAGE_MASK, PhysAddr, TbFlags};
-use twofold_frontend::{FetchFault, MAX_INSN_LEN, Request, translate_block};
+use twofold_frontend::{FetchFault, MAX_INSN_LEN, Request, translate_block_in};
 use twofold_ir::Block;
 use twofold_ir::eval::Program;
 use twofold_ir::passes::Options as PassOptions;
@@ -46,6 +46,7 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
     let mut second = None;
     let mut fault = None;
     let features = vcpu.model.features;
+    let spare = std::mem::take(&mut vcpu.jit.spare);
     let mut next_page = || match vcpu.fetch_address(next_la) {
         Ok(pa) => {
             second = Some(pa);
@@ -60,7 +61,7 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
     };
     let request =
         Request { flags: key.flags, off: off as u16, page, next_page: &mut next_page, features, max_insns: MAX_INSNS };
-    let mut block = match translate_block(request) {
+    let mut block = match translate_block_in(request, spare) {
         Ok(block) => block,
         Err(FetchFault) => return Err(fault.unwrap_or(twofold_arch::Exception::GP0.into())),
     };
@@ -78,14 +79,15 @@ fn translate_at(vcpu: &mut Vcpu, key: TbKey, la: LinearAddr) -> Result<TbId, Tra
         trace(vcpu, &block, page, rip, DebugItem::IrOpt);
     }
     let insn_offs = block.insns.iter().map(|i| i.off).collect();
-    let program = (!at_once).then(|| Program::new(&block));
+    let program = (!at_once).then(|| Box::new(Program::new(&block)));
     let id = insert(vcpu, key, (second, rip), block.byte_len() as u64, insn_offs, program);
     if at_once && !super::compile::emit(vcpu, id, &block) {
-        vcpu.jit.tbs.get_mut(id).program = Some(Program::new(&block));
+        vcpu.jit.tbs.get_mut(id).program = Some(Box::new(Program::new(&block)));
     }
     vcpu.counters.tbs_translated += 1;
     vcpu.counters.insns_translated += block.insns.len() as u64;
     vcpu.counters.bytes_translated += block.byte_len() as u64;
+    vcpu.jit.spare = block;
     Ok(id)
 }
 
@@ -110,7 +112,7 @@ pub fn ensure_program(vcpu: &mut Vcpu, id: TbId) {
     // What the front end made of these bytes once it makes of them again.
     let Some(mut block) = Piece::of(vcpu, id).translate(flags, features) else { return };
     vcpu.jit.passes.run(&mut block, &PassOptions::default());
-    vcpu.jit.tbs.get_mut(id).program = Some(Program::new(&block));
+    vcpu.jit.tbs.get_mut(id).program = Some(Box::new(Program::new(&block)));
 }
 
 fn insert(
@@ -119,7 +121,7 @@ fn insert(
     (second, rip): (Option<PhysAddr>, u64),
     len: u64,
     insn_offs: Box<[u16]>,
-    program: Option<Program>,
+    program: Option<Box<Program>>,
 ) -> TbId {
     let first_len = len.min(0x1000 - key.pa.page_offset());
     watch(vcpu, key.pa, first_len);
