@@ -391,3 +391,57 @@ fn cut(v: u128, drop: u32, negative: bool, round: Round) -> (u128, bool) {
     };
     ((whole + u128::from(up)) << drop, rest != 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// To nearest even, against the host's doubles and singles, whatever the host.
+    #[test]
+    fn doubles_and_singles_as_rust_has_them() {
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut next = || {
+            seed ^= seed >> 12;
+            seed ^= seed << 25;
+            seed ^= seed >> 27;
+            seed.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        };
+        let mut ctx = Context::new(Round::Nearest, false);
+        let mut double = |n: Option<Number>| n.map(|n| n.round(DOUBLE, &mut ctx).to_bits(DOUBLE, 64));
+        let expected = |v: f64| (!v.is_nan()).then(|| v.to_bits());
+        for _ in 0..20_000 {
+            // Exponents near one another, so that there is something to round.
+            let mut one = || f64::from_bits(next() & 0x803f_ffff_ffff_ffff | (next() % 2) << 54 | 0x3f << 56);
+            let (a, b, c) = (one(), one(), one());
+            let n = |v: f64| Number::from_bits(v.to_bits(), DOUBLE, 64).0;
+            assert_eq!(double(n(a).plus(n(b), Round::Nearest)), expected(a + b), "{a:e} + {b:e}");
+            assert_eq!(double(n(a).times(n(b))), expected(a * b), "{a:e} * {b:e}");
+            assert_eq!(double(n(a).over(n(b))), expected(a / b), "{a:e} / {b:e}");
+            assert_eq!(double(n(a).sqrt()), expected(a.sqrt()), "root of {a:e}");
+            let fused = n(a).times(n(b)).and_then(|p| p.plus(n(c), Round::Nearest));
+            assert_eq!(double(fused), expected(a.mul_add(b, c)), "{a:e} * {b:e} + {c:e}");
+            assert_eq!(Some(n(a).compare(n(b))), a.partial_cmp(&b));
+        }
+        let mut ctx = Context::new(Round::Nearest, false);
+        for _ in 0..20_000 {
+            let v = f64::from_bits(next());
+            if !v.is_nan() {
+                let single = Number::from_bits(v.to_bits(), DOUBLE, 64).0.round(SINGLE, &mut ctx).to_bits(SINGLE, 32);
+                assert_eq!(single, u64::from((v as f32).to_bits()), "{v:e} as a single");
+            }
+        }
+    }
+
+    /// A tiny result is one after rounding: what rounds to the smallest normal number is not.
+    #[test]
+    fn tininess_is_detected_after_rounding() {
+        let mut ctx = Context::new(Round::Nearest, false);
+        // 2^-126 less half of a last place's half, and less a whole half.
+        let below = |bits: u32| Number::new(false, -126 - 40, (1 << 40) - (1 << (40 - bits)));
+        let smallest = Number::new(false, -126, 1);
+        assert_eq!(below(26).round(SINGLE, &mut ctx), smallest);
+        assert_eq!(ctx.flags, flag::PE);
+        assert_eq!(below(24).round(SINGLE, &mut ctx), smallest);
+        assert_eq!(ctx.flags, flag::PE | flag::UE);
+    }
+}

@@ -1,4 +1,5 @@
-//! Records and replays instruction vectors: `vectors record FILE`, `vectors check FILE`, `vectors show FILE FORM`.
+//! Records and replays instruction vectors: `vectors record FILE [SEED ENCODINGS RUNS]`, `vectors check FILE`,
+//! `vectors show FILE FORM`.
 //!
 //! `record` runs every form on the host CPU, and in our tiers to see that they agree; `check` replays a file in our tiers;
 //! `show` prints a form's inputs and results in each tier (and on the host CPU, where that can be), for a comparison by eye.
@@ -9,16 +10,17 @@ use twofold_tests::cases::generated;
 #[cfg(all(target_arch = "x86_64", not(portable_host)))]
 use twofold_tests::insn::{Outcome, Regs};
 use twofold_tests::machine::Machine;
-use twofold_tests::vectors::{Replay, Vectors, name, scope, shown};
+use twofold_tests::vectors::{Plan, Replay, Vectors, name, scope, shown};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
-        ["record", file] => record(file),
+        ["record", file] => record(file, Plan::NEW),
+        ["record", file, seed, encodings, runs] => plan(seed, encodings, runs).and_then(|plan| record(file, plan)),
         ["check", file] => check(file),
         ["show", file, form] => show(file, form),
-        _ => Err(String::from("usage: vectors record FILE | check FILE | show FILE FORM")),
+        _ => Err(String::from("usage: vectors record FILE [SEED ENCODINGS RUNS] | check FILE | show FILE FORM")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -27,6 +29,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn plan(seed: &str, encodings: &str, runs: &str) -> Result<Plan, String> {
+    let number = |s: &str| s.parse::<u64>().map_err(|e| format!("{s}: {e}"));
+    Ok(Plan { seed: number(seed)?, encodings: number(encodings)? as usize, runs: number(runs)? as usize })
 }
 
 fn read(file: &str) -> Result<Vectors, String> {
@@ -75,13 +82,13 @@ fn native(case: &twofold_tests::cases::Case, regs: &mut Regs, mem: &mut [u8]) ->
 }
 
 #[cfg(all(target_arch = "x86_64", not(portable_host)))]
-fn record(file: &str) -> Result<(), String> {
+fn record(file: &str, plan: Plan) -> Result<(), String> {
     use twofold_tests::fuzz::on_host;
-    use twofold_tests::vectors::{self, Plan};
+    use twofold_tests::vectors;
 
     let old = read(file).ok();
     let host = host(&|f| generated().any(|c| c.cpuid_features().contains(&f) && on_host(c)));
-    let (vectors, different) = vectors::record(host, Plan::NEW, old.as_ref(), on_host, native);
+    let (vectors, different) = vectors::record(host, plan, old.as_ref(), on_host, native);
     different.iter().for_each(|d| println!("{d}"));
     let (forms, runs) = vectors.counts();
     println!("{runs} runs of {forms} forms");
@@ -105,6 +112,6 @@ fn host(has: &dyn Fn(iced_x86::CpuidFeature) -> bool) -> String {
 }
 
 #[cfg(not(all(target_arch = "x86_64", not(portable_host))))]
-fn record(_file: &str) -> Result<(), String> {
+fn record(_file: &str, _plan: Plan) -> Result<(), String> {
     Err(String::from("recording needs an x86-64 host"))
 }
