@@ -147,6 +147,10 @@ pub type MemFn = unsafe extern "C" fn(*mut CpuState, u64, u64, u64, u64) -> u64;
 /// A helper: `(state, a0, a1, a2, a3) -> result`. One that faults fills `state.fault` with `pending` ≠ 0.
 pub type HelperFn = unsafe extern "C" fn(*mut CpuState, u64, u64, u64, u64) -> u64;
 
+/// The jump cache has no entry for `state.rip`: the host code there with `state.rip_base` set for it, or 0 to leave with
+/// [`Leave::Lookup`].
+pub type LookupFn = unsafe extern "C" fn(*mut CpuState) -> u64;
+
 type CondFn = unsafe extern "C" fn(*mut CpuState, u64) -> u64;
 type VecFn = unsafe extern "C" fn(u64, *mut [u128; 3]);
 
@@ -160,14 +164,15 @@ pub struct HelperTable {
     pub(crate) cond: CondFn,
     pub(crate) flags: CondFn,
     pub(crate) vec: VecFn,
+    pub(crate) lookup: LookupFn,
     pub(crate) helpers: [HelperFn; Helper::ALL.len()],
 }
 
 impl HelperTable {
     /// A table of the runtime's functions; `helpers` is indexed by `Helper as usize`.
     #[must_use]
-    pub fn new(load: MemFn, store: MemFn, atomic: MemFn, helpers: [HelperFn; Helper::ALL.len()]) -> Self {
-        Self { load, store, atomic, cond, flags, vec, helpers }
+    pub fn new([load, store, atomic]: [MemFn; 3], lookup: LookupFn, helpers: [HelperFn; Helper::ALL.len()]) -> Self {
+        Self { load, store, atomic, cond, flags, vec, lookup, helpers }
     }
 }
 

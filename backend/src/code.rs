@@ -144,7 +144,7 @@ impl std::fmt::Debug for CodeMemory {
 
 impl CodeMemory {
     /// The default cap in bytes.
-    pub const DEFAULT_CAPACITY: usize = 128 << 20;
+    pub const DEFAULT_CAPACITY: usize = 512 << 20;
 
     /// Reserves code memory of at most `capacity` bytes (at least two regions). Pages are only taken when written.
     ///

@@ -84,6 +84,7 @@ pub const FN_STORE: usize = offset_of!(HelperTable, store);
 pub const FN_ATOMIC: usize = offset_of!(HelperTable, atomic);
 pub const FN_COND: usize = offset_of!(HelperTable, cond);
 pub const FN_FLAGS: usize = offset_of!(HelperTable, flags);
+pub const FN_LOOKUP: usize = offset_of!(HelperTable, lookup);
 pub const FN_VEC: usize = offset_of!(HelperTable, vec);
 pub const FN_HELPERS: usize = offset_of!(HelperTable, helpers);
 pub const FN_X87_READY: usize = FN_HELPERS + Helper::X87Ready as usize * 8;

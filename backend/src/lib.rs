@@ -29,7 +29,7 @@ mod thunks;
 #[path = "thunks_none.rs"]
 mod thunks;
 
-pub use abi::{AccessKind, HelperFn, HelperTable, Leave, MemFn, MemInfo, portable_vec_ops};
+pub use abi::{AccessKind, HelperFn, HelperTable, Leave, LookupFn, MemFn, MemInfo, portable_vec_ops};
 pub use code::{CodeFull, CodeMemory, CodeStats, InstalledTb, SlotRef};
 pub use compiler::{CompileError, CompileStats, CompiledTb, Compiler, Emitter, Options, Probe};
 pub use direct::DirectEmitter;

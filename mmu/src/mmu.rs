@@ -781,6 +781,12 @@ impl Mmu {
         (e.rip == rip && e.flags == flags).then_some(e)
     }
 
+    /// Whether no code is noted in the current context's jump cache where that for `rip` would be.
+    #[must_use]
+    pub fn jump_free(&self, rip: u64) -> bool {
+        self.contexts[self.current].jump_get(rip).code == 0
+    }
+
     /// Drops the entry for `rip` from every context's jump cache.
     pub fn jump_forget(&mut self, rip: u64) {
         for c in &mut self.contexts {

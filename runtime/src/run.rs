@@ -56,7 +56,7 @@ impl Ending {
 }
 
 /// What a run leaves behind.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct RunOutcome {
     /// How it ended.
     pub ending: Ending,
@@ -66,6 +66,19 @@ pub struct RunOutcome {
     pub stats: Option<String>,
     /// What was written for `perf`, when it was asked for.
     pub profile: Option<PathBuf>,
+    /// What is left of the machine.
+    pub remains: Remains,
+}
+
+/// A machine that has ended. To take it apart takes time, which a process that ends with it saves by forgetting this.
+pub struct Remains {
+    _vcpus: Vec<Box<Vcpu>>,
+}
+
+impl fmt::Debug for Remains {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Remains")
+    }
 }
 
 /// Why a run could not start or go on.
@@ -167,7 +180,8 @@ pub fn run(config: &Config) -> Result<RunOutcome, Error> {
         let value = stats::collect(vcpu, &facts, |address| symbols.name(address));
         serde_json::to_string_pretty(&value).unwrap_or_default()
     });
-    Ok(RunOutcome { ending, registers: dump.then(|| dump_registers(vcpu)), stats, profile })
+    let registers = dump.then(|| dump_registers(vcpu));
+    Ok(RunOutcome { ending, registers, stats, profile, remains: Remains { _vcpus: vcpus } })
 }
 
 /// The names that files give: what `--symbols` names, and the kernel when it is an ELF.

@@ -88,6 +88,7 @@ pub fn collect(vcpu: &Vcpu, facts: &RunFacts, symbol: impl Fn(u64) -> Option<Str
             "by_tier": by_tier(c, retired),
             "eval_blocks": c.eval_blocks,
             "lookups": c.lookups,
+            "code_lookups": c.code_lookups,
             "jump_cache_misses": c.jump_cache_misses,
             "jump_cache_clears": c.jump_cache_clears,
             "chain_breaks": c.chain_breaks,

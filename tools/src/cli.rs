@@ -150,7 +150,7 @@ pub struct RunArgs {
     #[arg(long, hide = true)]
     pub no_regions: bool,
     /// Most memory for translated code
-    #[arg(long, value_name = "SIZE", default_value = "128M", help_heading = "Execution", value_parser = parse_code_memory)]
+    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Execution", value_parser = parse_code_memory)]
     pub code_memory: u64,
     /// Keep compiled code in this directory, so that a guest's next run starts warm; whoever can write there can run code
     #[arg(long, value_name = "DIR", help_heading = "Execution")]

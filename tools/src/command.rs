@@ -129,6 +129,8 @@ fn execute(mut config: Config) -> Result<u8, Error> {
             }
         }
     }
+    // The process ends now; its memory goes back at once.
+    std::mem::forget(outcome.remains);
     Ok(outcome.ending.exit_status())
 }
 

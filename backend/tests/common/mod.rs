@@ -61,7 +61,7 @@ pub fn table() -> &'static HelperTable {
         );
         let mut some = [all[0]; Helper::ALL.len()];
         some.copy_from_slice(&all[..Helper::ALL.len()]);
-        HelperTable::new(slow, slow, slow, some)
+        HelperTable::new([slow; 3], lookup, some)
     })
 }
 
@@ -132,6 +132,12 @@ unsafe extern "C" fn slow(state: *mut CpuState, addr: u64, info: u64, lo: u64, h
     }
     trash();
     r.unwrap_or(0xdead)
+}
+
+/// Nothing is known here that is not in the jump cache.
+unsafe extern "C" fn lookup(_: *mut CpuState) -> u64 {
+    trash();
+    0
 }
 
 unsafe extern "C" fn helper<const N: usize>(state: *mut CpuState, a: u64, b: u64, c: u64, d: u64) -> u64 {

@@ -518,6 +518,7 @@ pub(super) fn evict(vcpu: &mut Vcpu) {
         vcpu.jit.counts.keep(TbId(number), std::mem::take(&mut tb.runs));
         tb.cached_rips.clear();
         let incoming = std::mem::take(&mut tb.incoming);
+        vcpu.jit.tbs.entry_changed(TbId(number));
         vcpu.counters.evicted_tbs += 1;
         vcpu.jit.unlink(&incoming);
     }

@@ -114,6 +114,8 @@ pub struct Counters {
     pub region_ns: u64,
     /// Blocks the compiler refused.
     pub compile_refused: u64,
+    /// Times host code was found for it that the jump cache did not have.
+    pub code_lookups: u64,
     /// Blocks that got host code when they were translated.
     pub emitted: u64,
     /// Blocks that the direct emitter left to the compile thread.

@@ -493,6 +493,40 @@ fn known_code(vcpu: &mut Vcpu, flags: TbFlags) -> Option<u64> {
     Some(entry.code)
 }
 
+/// The host code at `state.rip`, with `rip_base` set for it, when host code has not found it in the jump cache and nothing asks for
+/// more than to run it.
+pub(super) fn code_at_rip(vcpu: &mut Vcpu) -> Option<u64> {
+    let (flags, rip) = (TbFlags(vcpu.state.tb_flags), vcpu.state.rip);
+    let jit = &vcpu.jit;
+    let plain = !jit.alone && jit.bypass.is_none() && !jit.compile_ready() && !jit.policy.regions_at_once;
+    if !plain || !is_unlimited(flags) || flags.at(rip) != flags || !vcpu.debug.is_empty() {
+        return None;
+    }
+    let la = linear_rip(vcpu, flags);
+    // A fault is found again by whoever delivers it.
+    let pa = vcpu.fetch_address(la).ok()?;
+    let code = vcpu.jit.tbs.find_code(TbKey { pa, flags })?;
+    vcpu.counters.code_lookups += 1;
+    vcpu.state.rip_base = rip.wrapping_sub(la.page_offset());
+    // Two that want the same entry by turns would put each other out; once in a while somebody who goes is right.
+    if vcpu.mmu.jump_free(rip) || vcpu.counters.code_lookups.is_multiple_of(8) {
+        let id = vcpu.jit.tbs.find(TbKey { pa, flags })?;
+        fill_jump_cache(vcpu, id, flags, code);
+    }
+    Some(code)
+}
+
+/// Notes in the jump cache that the code at `state.rip`, that of block `id`, is `code`.
+fn fill_jump_cache(vcpu: &mut Vcpu, id: TbId, flags: TbFlags, code: u64) {
+    let la = linear_rip(vcpu, flags);
+    let (rip, rip_base) = (vcpu.state.rip, vcpu.state.rip_base);
+    let rips = &mut vcpu.jit.tbs.get_mut(id).cached_rips;
+    if !rips.contains(&rip) {
+        rips.push(rip);
+    }
+    vcpu.jump_insert(la, JumpCacheEntry { rip, flags: u64::from(flags.0), code, rip_base });
+}
+
 /// Where block `id` is entered; `None`: in the evaluator.
 fn entry(vcpu: &mut Vcpu, id: TbId) -> Option<u64> {
     let tb = vcpu.jit.tbs.get(id);
@@ -560,13 +594,7 @@ fn connect(vcpu: &mut Vcpu, id: TbId, flags: TbFlags) {
     }
     let Some(code) = vcpu.jit.tbs.get(id).entry() else { return };
     if fill {
-        let la = linear_rip(vcpu, flags);
-        let (rip, rip_base) = (vcpu.state.rip, vcpu.state.rip_base);
-        let rips = &mut vcpu.jit.tbs.get_mut(id).cached_rips;
-        if !rips.contains(&rip) {
-            rips.push(rip);
-        }
-        vcpu.jump_insert(la, JumpCacheEntry { rip, flags: u64::from(flags.0), code, rip_base });
+        fill_jump_cache(vcpu, id, flags, code);
     }
 }
 

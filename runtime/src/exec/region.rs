@@ -350,6 +350,7 @@ pub fn install(vcpu: &mut Vcpu, members: &[Member], compiled: &CompiledTb) {
     tb.region = Some(Box::new(Region { code: installed, members, pages, misfits: 0 }));
     tb.region_state = RegionState::Installed;
     let incoming = tb.incoming.clone();
+    vcpu.jit.tbs.entry_changed(root);
     for (from, slot) in incoming {
         if let (Some(source), Some(code)) = (vcpu.jit.slot(from, slot), &mut vcpu.jit.code) {
             code.link(source, entry);
@@ -370,6 +371,8 @@ fn forget_root(vcpu: &mut Vcpu, root: TbId) {
 pub fn drop_region(vcpu: &mut Vcpu, root: TbId) {
     let tb = vcpu.jit.tbs.get_mut(root);
     let Some(region) = tb.region.take() else { return };
+    vcpu.jit.tbs.entry_changed(root);
+    let tb = vcpu.jit.tbs.get_mut(root);
     (tb.region_state, tb.samples) = (RegionState::None, 0);
     let incoming = std::mem::take(&mut tb.incoming);
     for &id in &region.members {

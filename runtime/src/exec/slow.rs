@@ -19,13 +19,19 @@ use crate::vcpu::{Trap, Vcpu};
 /// The table that host code calls through.
 #[must_use]
 pub fn helper_table() -> HelperTable {
-    HelperTable::new(access_entry, access_entry, access_entry, *crate::cpu::HELPERS)
+    HelperTable::new([access_entry; 3], lookup_entry, *crate::cpu::HELPERS)
 }
 
 unsafe extern "C" fn access_entry(state: *mut CpuState, addr: u64, info: u64, lo: u64, hi: u64) -> u64 {
     // SAFETY: host code passes the state it was entered with; its vCPU is alive and lent to that code.
     let vcpu = unsafe { &mut *((*state).vcpu as *mut Vcpu) };
     access(vcpu, addr, MemInfo(info), lo, hi).unwrap_or(0)
+}
+
+unsafe extern "C" fn lookup_entry(state: *mut CpuState) -> u64 {
+    // SAFETY: as for `access_entry`.
+    let vcpu = unsafe { &mut *((*state).vcpu as *mut Vcpu) };
+    super::dispatch::code_at_rip(vcpu).unwrap_or(0)
 }
 
 /// A memory access the slow way. `None`: it did not happen, `state.fault` says why.

@@ -129,18 +129,14 @@ pub struct Removed {
     pub cached_rips: Vec<u64>,
 }
 
-const FRONT: usize = 1 << 14;
 /// Blocks in a chunk of the store.
 const CHUNK: usize = 256;
+/// log2 of the entries of the front table: at first, and at most.
+const FRONT_BITS: std::ops::RangeInclusive<u32> = 14..=20;
 
-#[derive(Clone, Copy)]
-struct FrontEntry {
-    pa: u64,
-    flags: u32,
-    id: u32,
-}
-
-const EMPTY: FrontEntry = FrontEntry { pa: u64::MAX, flags: 0, id: 0 };
+/// A block by the hash of its key: physical address + 1 (0: nothing), key bits, id, and the host code that may be entered without
+/// looking at anything else, or 0.
+type FrontEntry = [u64; 4];
 
 /// All translation blocks of a machine.
 pub struct TbStore {
@@ -148,6 +144,7 @@ pub struct TbStore {
     slab: Vec<Vec<Tb>>,
     by_key: HashMap<TbKey, TbId>,
     by_page: HashMap<u64, Vec<TbId>>,
+    /// What was found last, a power of two of entries: at least twice as many as there are blocks, up to the most.
     front: Box<[FrontEntry]>,
     /// Slab places whose blocks died and may be reused.
     free: Vec<TbId>,
@@ -162,7 +159,7 @@ impl Default for TbStore {
             slab: Vec::new(),
             by_key: HashMap::new(),
             by_page: HashMap::new(),
-            front: vec![EMPTY; FRONT].into_boxed_slice(),
+            front: front(*FRONT_BITS.start()),
             free: Vec::new(),
             dying: Vec::new(),
             live: 0,
@@ -170,8 +167,17 @@ impl Default for TbStore {
     }
 }
 
-fn front_index(pa: u64, flags: TbFlags) -> usize {
-    (pa ^ pa >> 14 ^ u64::from(flags.0) << 3) as usize & (FRONT - 1)
+/// An empty front table.
+fn front(bits: u32) -> Box<[FrontEntry]> {
+    vec![[0; 4]; 1 << bits].into_boxed_slice()
+}
+
+/// The place of a key among so many, a power of two. The blocks of a page have places near one another, and four bytes share one:
+/// few blocks are shorter.
+#[inline]
+fn front_index(len: usize, key: TbKey) -> usize {
+    let page = (key.pa.0 >> 12 ^ u64::from(key.flags.0) << 36).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (page >> 32 ^ (key.pa.0 & 0xfff) >> 2) as usize & (len - 1)
 }
 
 impl TbStore {
@@ -199,14 +205,37 @@ impl TbStore {
     /// Finds a block by key.
     #[inline]
     pub fn find(&mut self, key: TbKey) -> Option<TbId> {
-        let i = front_index(key.pa.0, key.flags);
+        self.find_entry(key).map(|e| TbId(e[2] as u32))
+    }
+
+    /// The host code of a block that lies in one page.
+    #[inline]
+    pub fn find_code(&mut self, key: TbKey) -> Option<u64> {
+        self.find_entry(key).map(|e| e[3]).filter(|&code| code != 0)
+    }
+
+    #[inline]
+    fn find_entry(&mut self, key: TbKey) -> Option<FrontEntry> {
+        let i = front_index(self.front.len(), key);
         let e = self.front[i];
-        if e.pa == key.pa.0 && e.flags == key.flags.0 {
-            return Some(TbId(e.id));
+        if e[0] == key.pa.0.wrapping_add(1) && e[1] == u64::from(key.flags.0) {
+            return Some(e);
         }
         let id = *self.by_key.get(&key)?;
-        self.front[i] = FrontEntry { pa: key.pa.0, flags: key.flags.0, id: id.0 };
-        Some(id)
+        let tb = self.get(id);
+        let code = if tb.second_page.is_none() { tb.entry() } else { None };
+        let e = [key.pa.0.wrapping_add(1), key.flags.0.into(), id.0.into(), code.unwrap_or(0)];
+        self.front[i] = e;
+        Some(e)
+    }
+
+    /// Block `id` is to be entered elsewhere from now on, or not at all.
+    pub fn entry_changed(&mut self, id: TbId) {
+        let key = self.get(id).key;
+        let e = &mut self.front[front_index(self.front.len(), key)];
+        if e[2] == u64::from(id.0) {
+            *e = [0; 4];
+        }
     }
 
     /// Adds a block.
@@ -220,6 +249,9 @@ impl TbStore {
             None => self.append(tb),
         };
         self.live += 1;
+        if self.live * 2 > self.front.len() && self.front.len() < 1 << FRONT_BITS.end() {
+            self.front = front(self.front.len().ilog2() + 1);
+        }
         self.by_key.insert(key, id);
         self.by_page.entry(key.pa.0 & PAGE_MASK).or_default().push(id);
         if let Some(p) = second {
@@ -249,6 +281,7 @@ impl TbStore {
         let tb = self.get_mut(id);
         tb.code = Some(code);
         tb.tier = TierState::Compiled;
+        self.entry_changed(id);
     }
 
     /// Ids of the blocks with bytes in `[pa, pa + len)`, which must not cross a page.
@@ -281,10 +314,7 @@ impl TbStore {
         let removed =
             Removed { incoming: std::mem::take(&mut tb.incoming), cached_rips: std::mem::take(&mut tb.cached_rips) };
         self.by_key.remove(&key);
-        let i = front_index(key.pa.0, key.flags);
-        if self.front[i].id == id.0 {
-            self.front[i] = EMPTY;
-        }
+        self.entry_changed(id);
         for page in [Some(PhysAddr(key.pa.0 & PAGE_MASK)), second].into_iter().flatten() {
             if let Some(list) = self.by_page.get_mut(&page.0) {
                 list.retain(|&x| x != id);
