@@ -260,6 +260,8 @@ pub struct Config {
     pub tier: Tier,
     /// Whether hot loops move up to the optimising tier; off for comparison and for bisecting.
     pub regions: bool,
+    /// Whether Cranelift makes blocks too, in the background; for comparison and for bisecting.
+    pub cranelift_blocks: bool,
     /// Most memory for host code, in bytes.
     pub code_memory: u64,
     /// Where compiled code is kept from run to run.
@@ -300,6 +302,7 @@ impl Default for Config {
             escape: false,
             tier: Tier::Auto,
             regions: true,
+            cranelift_blocks: false,
             code_memory: twofold_backend::CodeMemory::DEFAULT_CAPACITY as u64,
             code_cache: None,
             flush_policy: FlushPolicy::Tagged,

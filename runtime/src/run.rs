@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use twofold_backend::Emitter;
 use twofold_mmu::{CodePages, GuestRam, LegacyHole, Mmu, PhysMap};
 
 use crate::boot::{self, firmware};
@@ -321,7 +322,9 @@ impl Machine {
         // The machinery goes round; whoever does not have it has one without host code.
         let tier = if index == 0 { config.tier } else { crate::config::Tier::Eval };
         let most = usize::try_from(config.code_memory).unwrap_or(usize::MAX);
-        let mut jit = exec::Jit::with_code_memory(tier, twofold_backend::Options::default(), most);
+        let emitter = if config.cranelift_blocks { Emitter::Cranelift } else { Emitter::Direct };
+        let options = twofold_backend::Options { emitter, ..Default::default() };
+        let mut jit = exec::Jit::with_code_memory(tier, options, most);
         let mut warning = None;
         if let (Some(dir), 0, true) = (&config.code_cache, index, config.debug.is_empty()) {
             let opened = CodeCache::open(dir, self.model.features);

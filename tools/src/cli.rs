@@ -149,6 +149,9 @@ pub struct RunArgs {
     /// Keep hot loops out of the optimising tier, for comparison and for bisecting
     #[arg(long, hide = true)]
     pub no_regions: bool,
+    /// Have Cranelift make blocks too, not only regions, for comparison and for bisecting
+    #[arg(long, hide = true)]
+    pub cranelift_blocks: bool,
     /// Most memory for translated code
     #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Execution", value_parser = parse_code_memory)]
     pub code_memory: u64,
@@ -259,6 +262,7 @@ impl RunArgs {
             debugcon: self.debugcon.clone(),
             tier: self.tier.into(),
             regions: !self.no_regions,
+            cranelift_blocks: self.cranelift_blocks,
             code_memory: self.code_memory,
             code_cache: self.code_cache.clone(),
             flush_policy: self.flush_policy.into(),

@@ -1,10 +1,11 @@
-//! The background compile thread: hot blocks go out as bytes, come back as host code, and are installed between blocks.
+//! Host code: written for a block when it is translated, and by the background compile thread for regions and what the emitter
+//! refuses: they go out as bytes, come back as host code, and are installed between blocks.
 //!
 //! Place in the pipeline: beside the dispatcher. The thread translates the bytes again (a few microseconds) instead of
 //! every block keeping its IR. Invariants: an answer is installed only if its block is still the one that was asked for;
 //! the thread owns its compiler and never touches guest state.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,7 @@ use twofold_arch::cpuid::Features;
 use twofold_backend::{CompileError, CompiledTb, Compiler, Guard, Options, RegionCompiler};
 use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
+use twofold_ir::eval::Program;
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 
 use super::cache::Source;
@@ -119,23 +121,10 @@ struct Done {
     members: Option<Vec<Member>>,
 }
 
-/// How much a job matters.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Heat {
-    /// The block may be worth it for later runs: after everything else.
-    Cool,
-    /// The block has just become worth compiling.
-    Warm,
-    /// The block has gone on running in the evaluator: before every warm one.
-    Hot,
-}
-
-/// Jobs that wait, hot ones first.
+/// Jobs that wait.
 #[derive(Default)]
 struct Waiting {
-    cool: VecDeque<Job>,
-    warm: VecDeque<Job>,
-    hot: VecDeque<Job>,
+    blocks: VecDeque<Job>,
     regions: VecDeque<Job>,
     closed: bool,
 }
@@ -150,13 +139,12 @@ impl Inbox {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    fn push(&self, job: Job, heat: Heat) {
+    fn push(&self, job: Job) {
         let mut waiting = self.lock();
-        match heat {
-            _ if job.others.is_some() => waiting.regions.push_back(job),
-            Heat::Cool => waiting.cool.push_back(job),
-            Heat::Warm => waiting.warm.push_back(job),
-            Heat::Hot => waiting.hot.push_back(job),
+        if job.others.is_some() {
+            waiting.regions.push_back(job);
+        } else {
+            waiting.blocks.push_back(job);
         }
         drop(waiting);
         self.filled.notify_one();
@@ -168,17 +156,11 @@ impl Inbox {
             if waiting.closed {
                 return None;
             }
-            if let Some(job) = waiting.hot.pop_front() {
+            // A region takes as long as a hundred blocks, which would go on in the evaluator.
+            if let Some(job) = waiting.blocks.pop_front() {
                 return Some(job);
             }
-            if let Some(job) = waiting.warm.pop_front() {
-                return Some(job);
-            }
-            // Each takes as long as a hundred blocks, which would go on in the evaluator.
             if let Some(job) = waiting.regions.pop_front() {
-                return Some(job);
-            }
-            if let Some(job) = waiting.cool.pop_front() {
                 return Some(job);
             }
             waiting = self.filled.wait(waiting).unwrap_or_else(PoisonError::into_inner);
@@ -229,13 +211,8 @@ impl Drop for CompileQueue {
 
 fn worker(mut compiler: Compiler, options: Options, todo: &Inbox, out: &Sender<Done>, ready: &AtomicUsize) {
     let mut passes = Passes::default();
-    // A block that got hot while it waited is asked for twice.
-    let mut finished = HashSet::new();
     let mut regions = None;
     while let Some(job) = todo.pop() {
-        if job.others.is_none() && !finished.insert(job.root.serial) {
-            continue;
-        }
         let start = Instant::now();
         let mut text = String::new();
         let result = match job.root.translate(job.flags, job.features) {
@@ -306,24 +283,19 @@ fn compile_region(
     Ok(compiled)
 }
 
-/// Asks for host code for block `id`.
-pub fn request(vcpu: &mut Vcpu, id: TbId, heat: Heat) {
+/// Asks for host code for block `id`, which the emitter has refused or is not to write.
+pub fn request(vcpu: &mut Vcpu, id: TbId) {
     let features = vcpu.model.features;
     let tb = vcpu.jit.tbs.get(id);
-    let wanted = match heat {
-        Heat::Cool => tb.tier == TierState::Cold,
-        Heat::Warm => tb.tier == TierState::Cold || tb.tier == TierState::Queued && vcpu.jit.policy.cool != 0,
-        Heat::Hot => tb.tier == TierState::Queued,
-    };
-    if !wanted || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
+    if tb.tier != TierState::Cold || vcpu.jit.queue.is_none() || tb.key.flags.has(TbFlags::ONE_INSN) {
         return;
     }
     let flags = tb.key.flags;
     let job = Job { root: Piece::of(vcpu, id), others: None, guard: None, flags, features, texts: vcpu.debug };
     if let Some(queue) = &vcpu.jit.queue {
-        queue.inbox.push(job, heat);
+        queue.inbox.push(job);
         vcpu.jit.tbs.get_mut(id).tier = TierState::Queued;
-        vcpu.counters.compile_requests += u64::from(heat == Heat::Warm);
+        vcpu.counters.compile_requests += 1;
     }
 }
 
@@ -336,7 +308,7 @@ pub fn push_region(vcpu: &mut Vcpu, mut pieces: Vec<Piece>, guard: Option<Guard>
     let Some(root) = pieces.pop() else { return };
     let (features, texts, flags) = (vcpu.model.features, vcpu.debug, vcpu.jit.tbs.get(root.id).key.flags);
     if let Some(queue) = &vcpu.jit.queue {
-        queue.inbox.push(Job { root, others: Some(others), guard, flags, features, texts }, Heat::Warm);
+        queue.inbox.push(Job { root, others: Some(others), guard, flags, features, texts });
     }
 }
 
@@ -373,9 +345,19 @@ pub(super) fn emit(vcpu: &mut Vcpu, id: TbId, block: &Block) -> bool {
     true
 }
 
+/// Gives block `id`, whose host code was evicted, new one.
+pub(super) fn emit_again(vcpu: &mut Vcpu, id: TbId) {
+    let (flags, features) = (vcpu.jit.tbs.get(id).key.flags, vcpu.model.features);
+    let Some(mut block) = Piece::of(vcpu, id).translate(flags, features) else { return };
+    vcpu.jit.passes.run(&mut block, &PassOptions::HOST);
+    if !emit(vcpu, id, &block) {
+        vcpu.jit.tbs.get_mut(id).program = Some(Box::new(Program::new(&block)));
+    }
+}
+
 /// Has block `id` compiled, and waits for it (`--tier quick`).
 pub fn compile_now(vcpu: &mut Vcpu, id: TbId) {
-    request(vcpu, id, Heat::Warm);
+    request(vcpu, id);
     while vcpu.jit.tbs.get(id).tier == TierState::Queued {
         let Some(queue) = &mut vcpu.jit.queue else { return };
         let Ok(done) = queue.done.recv() else { return };
@@ -511,8 +493,8 @@ pub(super) fn evict(vcpu: &mut Vcpu) {
         if !tb.live || tb.code.take().is_none() {
             continue;
         }
-        tb.tier = TierState::Cold;
-        // To the compile thread it is another block, not one that it has done.
+        (tb.tier, tb.program) = (TierState::Cold, None);
+        // A region that is being made of it does not fit any more.
         vcpu.jit.serial += 1;
         tb.serial = vcpu.jit.serial;
         vcpu.jit.counts.keep(TbId(number), std::mem::take(&mut tb.runs));

@@ -14,7 +14,6 @@ use twofold_backend::Leave as CodeLeave;
 use twofold_ir::eval::{Leave, Target};
 use twofold_mmu::{FlushCause, JumpCacheEntry};
 
-use super::compile::Heat;
 use super::counters::Phase;
 use super::env::Env;
 use super::tb::{TbId, TbKey, TierState};
@@ -440,8 +439,8 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
         if vcpu.jit.compile_ready() {
             super::compile::install_ready(vcpu);
         }
-        if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
-            super::compile::compile_now(vcpu, id);
+        if vcpu.jit.tbs.get(id).tier == TierState::Cold {
+            host_code(vcpu, id);
         }
         if vcpu.debug.has(DebugItem::Exec) {
             trace_block(vcpu, id);
@@ -477,6 +476,18 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
             super::region::record(vcpu, from, id, base);
         }
         connect(vcpu, id, flags);
+    }
+}
+
+/// Gives block `id`, which has no host code, some now, if it is to have it before it runs.
+fn host_code(vcpu: &mut Vcpu, id: TbId) {
+    let tb = vcpu.jit.tbs.get(id);
+    // One that was refused has its program.
+    if vcpu.jit.policy.at_once && tb.program.is_none() && !tb.key.flags.has(TbFlags::ONE_INSN) {
+        super::compile::emit_again(vcpu, id);
+    }
+    if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
+        super::compile::compile_now(vcpu, id);
     }
 }
 
@@ -679,12 +690,8 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
     let tb = vcpu.jit.tbs.get_mut(id);
     tb.runs = tb.runs.saturating_add(1);
     let runs = tb.runs;
-    if runs == vcpu.jit.policy.cool {
-        super::compile::request(vcpu, id, Heat::Cool);
-    } else if runs == vcpu.jit.policy.warm {
-        super::compile::request(vcpu, id, Heat::Warm);
-    } else if runs == vcpu.jit.policy.hot {
-        super::compile::request(vcpu, id, Heat::Hot);
+    if runs == vcpu.jit.policy.warm {
+        super::compile::request(vcpu, id);
     }
     if vcpu.jit.tbs.get(id).program.is_none() {
         super::translate::ensure_program(vcpu, id);

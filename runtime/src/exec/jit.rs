@@ -21,12 +21,8 @@ use crate::profile::PerfLog;
 pub struct TierPolicy {
     /// Whether blocks get host code when they are translated.
     pub at_once: bool,
-    /// Evaluator runs after which a block is compiled when the compile thread has nothing else to do; 0: never.
-    pub cool: u32,
-    /// Evaluator runs after which a block is sent to the compile thread.
+    /// Evaluator runs after which a block without host code is sent to the compile thread.
     pub warm: u32,
-    /// Evaluator runs after which it goes before all that are merely warm.
-    pub hot: u32,
     /// Whether the dispatcher waits for the compile thread (`--tier quick`: everything is compiled before it runs).
     pub wait: bool,
     /// Whether hot loops become regions.
@@ -35,12 +31,8 @@ pub struct TierPolicy {
     pub regions_at_once: bool,
 }
 
-/// Evaluator runs before a block is worth compiling for the next run's sake (`--code-cache`).
-const COOL: u32 = 1;
-/// Evaluator runs before a block is worth a compilation (about 100 µs of another core).
+/// Evaluator runs before a block is worth a compilation by Cranelift (about 100 µs of another core).
 const WARM: u32 = 32;
-/// Evaluator runs after which a block should not have to wait behind others.
-const HOT: u32 = 128;
 
 /// The execution machinery.
 pub struct Jit {
@@ -106,9 +98,7 @@ impl Jit {
         let wait = tier != Tier::Auto;
         let policy = TierPolicy {
             at_once: queue.is_some() && options.emitter == Emitter::Direct,
-            cool: 0,
             warm: if wait { 1 } else { WARM },
-            hot: HOT,
             wait,
             regions: matches!(tier, Tier::Auto | Tier::Opt),
             regions_at_once: tier == Tier::Opt,
@@ -142,7 +132,6 @@ impl Jit {
     /// Uses the persistent cache, and fills it.
     pub fn set_cache(&mut self, cache: CodeCache) {
         if self.queue.is_some() {
-            self.policy.cool = if self.policy.wait { 0 } else { COOL };
             self.cache = Some(cache);
         }
     }
