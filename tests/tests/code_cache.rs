@@ -1,5 +1,6 @@
 //! `--code-cache` and `--code-memory`: a second run starts warm and does the same, whatever the files hold and whoever else
 //! writes them; a small code memory changes nothing but the time.
+#![cfg(all(target_arch = "x86_64", not(portable_host)))] // there is no compiled code elsewhere
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! `--perf`: the map and the dump name guest functions and thunks, and the real `perf` understands them.
+#![cfg(all(target_arch = "x86_64", not(portable_host)))] // there is no compiled code elsewhere
 
 mod support;
 
