@@ -161,69 +161,115 @@ pub(super) fn run(block: &mut Block, options: &Options<'_>, s: &mut Scratch) {
         }
     }
     for i in (0..block.ops.len()).rev() {
-        let op = block.ops[i];
-        let keep = match op {
-            Op::Put { ty, loc, v } => !s.put(&block.ops, ty, loc, v),
-            _ => s.live[i] || op.has_effect(),
-        };
-        if !keep {
+        if !visit(block, i, s, &dead_at) {
             block.ops[i] = Op::Nop;
-            continue;
         }
-        match op {
-            Op::Get { ty, loc } => s.read(ty, loc),
-            Op::Cond { .. } | Op::Flags => {
-                for w in [DST, SRC, SRC2, OP] {
-                    s.set_over(w, 0);
-                }
-            }
-            Op::ExitIf { exit, .. } => {
-                let side = block.exits.get(exit as usize).map(|e| e.exit);
-                if let Some(Exit::Indirect { rip, .. }) = side {
-                    s.live[rip.index()] = true;
-                }
-                s.exit(side.is_some_and(|e| dead_at(&e)));
-            }
-            Op::Call { helper, .. } if helper.info().quiet => {
-                for byte in Loc::X87.into_iter().flatten() {
-                    let w = usize::from(byte / 8);
-                    s.set_over(w, s.over(w) & !(1 << (byte % 8)));
-                }
-            }
-            Op::Call { helper, .. } if !helper.info().pure => s.barrier(),
-            _ if op.can_fault() => s.barrier(),
-            _ => {}
-        }
-        op.for_each_operand(|v| s.live[v.index()] = true);
     }
     compact(block, &mut s.map);
+}
+
+/// Looks at op `i`: what it keeps alive and what it sees. Whether it stays.
+#[inline]
+fn visit(block: &Block, i: usize, s: &mut Scratch, dead_at: &impl Fn(&Exit) -> bool) -> bool {
+    let op = &block.ops[i];
+    match *op {
+        Op::Put { ty, loc, v } => {
+            let stays = !s.put(&block.ops, ty, loc, v);
+            s.live[v.index()] |= stays;
+            return stays;
+        }
+        // Without an effect of their own.
+        Op::Nop | Op::Const { .. } | Op::Rip { .. } => return s.live[i],
+        Op::Get { ty, loc } => {
+            if s.live[i] {
+                s.read(ty, loc);
+            }
+            return s.live[i];
+        }
+        Op::Bin { a, b, .. } | Op::Cmp { a, b, .. } => {
+            let live = s.live[i];
+            s.live[a.index()] |= live;
+            s.live[b.index()] |= live;
+            return live;
+        }
+        Op::Zext { a, .. } | Op::Trunc { a, .. } => {
+            let live = s.live[i];
+            s.live[a.index()] |= live;
+            return live;
+        }
+        Op::Load { addr, .. } => {
+            s.barrier();
+            s.live[addr.index()] = true;
+            return true;
+        }
+        Op::Store { addr, v, .. } => {
+            s.barrier();
+            s.live[addr.index()] = true;
+            s.live[v.index()] = true;
+            return true;
+        }
+        _ if !s.live[i] && !op.has_effect() => return false,
+        Op::Cond { .. } | Op::Flags => {
+            for w in [DST, SRC, SRC2, OP] {
+                s.set_over(w, 0);
+            }
+        }
+        Op::ExitIf { exit, .. } => {
+            let side = block.exits.get(exit as usize).map(|e| e.exit);
+            if let Some(Exit::Indirect { rip, .. }) = side {
+                s.live[rip.index()] = true;
+            }
+            s.exit(side.is_some_and(|e| dead_at(&e)));
+        }
+        Op::Call { helper, .. } if helper.info().quiet => {
+            for byte in Loc::X87.into_iter().flatten() {
+                let w = usize::from(byte / 8);
+                s.set_over(w, s.over(w) & !(1 << (byte % 8)));
+            }
+        }
+        Op::Call { helper, .. } if !helper.info().pure => s.barrier(),
+        _ if op.can_fault() => s.barrier(),
+        _ => {}
+    }
+    op.for_each_operand(|v| s.live[v.index()] = true);
+    true
 }
 
 /// Removes the `Nop`s and renumbers.
 fn compact(block: &mut Block, map: &mut Vec<Value>) {
     map.clear();
+    map.reserve(block.ops.len());
     let mut kept = 0;
-    let mut insns = block.insns.iter_mut().peekable();
+    let mut insns = block.insns.iter_mut();
+    let mut insn = insns.next();
     for i in 0..block.ops.len() {
-        while let Some(insn) = insns.next_if(|x| x.first as usize <= i) {
-            insn.first = kept as u16;
+        while let Some(next) = insn.take_if(|x| x.first as usize <= i) {
+            next.first = kept as u16;
+            insn = insns.next();
         }
         let mut op = block.ops[i];
-        if op == Op::Nop {
-            map.push(Value::NONE);
-            continue;
-        }
-        op.map_operands(|v| map[v.index()]);
-        if let Op::ExitIf { exit, .. } = op
-            && let Some(Exit::Indirect { rip, .. }) = block.exits.get_mut(exit as usize).map(|e| &mut e.exit)
-        {
-            *rip = map[rip.index()];
+        match &mut op {
+            Op::Nop => {
+                map.push(Value::NONE);
+                continue;
+            }
+            Op::Const { .. } | Op::Get { .. } => {}
+            Op::Put { v, .. } => *v = map[v.index()],
+            Op::ExitIf { c, exit } => {
+                *c = map[c.index()];
+                if let Some(Exit::Indirect { rip, .. }) = block.exits.get_mut(*exit as usize).map(|e| &mut e.exit) {
+                    *rip = map[rip.index()];
+                }
+            }
+            op => op.map_operands(|v| map[v.index()]),
         }
         map.push(Value(kept as u16));
         block.ops[kept] = op;
         kept += 1;
     }
-    insns.for_each(|x| x.first = kept as u16);
+    for insn in insn.into_iter().chain(insns) {
+        insn.first = kept as u16;
+    }
     if let Some(Exit::Indirect { rip, .. }) = &mut block.end {
         *rip = map[rip.index()];
     }

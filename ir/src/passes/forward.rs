@@ -29,6 +29,8 @@ pub(super) struct Forward<'a> {
     known: &'a mut Known,
     consts: &'a mut [u16; CONSTS],
     fold: bool,
+    /// Side exits left.
+    exits: usize,
 }
 
 /// Runs the walk.
@@ -42,34 +44,43 @@ pub(super) fn run(block: &mut Block, options: &Options<'_>, scratch: &mut Scratc
     out.clear();
     map.clear();
     known.clear();
-    let mut f = Forward { out, known, consts, fold: options.fold };
-    let mut next_insn = 0;
-    for (i, op) in block.ops.iter().enumerate() {
-        while let Some(insn) = block.insns.get_mut(next_insn).filter(|x| x.first as usize <= i) {
-            insn.first = f.out.len() as u16;
-            next_insn += 1;
+    map.reserve(block.ops.len());
+    let mut f = Forward { out, known, consts, fold: options.fold, exits: 0 };
+    let mut insns = block.insns.iter_mut();
+    let mut insn = insns.next();
+    for (i, &op) in block.ops.iter().enumerate() {
+        while let Some(next) = insn.take_if(|x| x.first as usize <= i) {
+            next.first = f.out.len() as u16;
+            insn = insns.next();
         }
-        let mut op = *op;
-        op.map_operands(|v| map[v.index()]);
-        if let Op::ExitIf { exit, .. } = op
-            && let Some(Exit::Indirect { rip, .. }) = block.exits.get_mut(exit as usize).map(|e| &mut e.exit)
-        {
-            *rip = map[rip.index()];
-        }
-        map.push(f.op(op, options));
+        // The commonest first, each with nothing done that it does not need.
+        let v = match op {
+            Op::Const { ty, imm } => f.iconst(ty, imm),
+            Op::Get { ty, loc } if options.get_put => f.get(ty, loc),
+            Op::Put { ty, loc, v } if options.get_put => f.put(ty, loc, map[v.index()]),
+            Op::ExitIf { c, exit } => {
+                if let Some(Exit::Indirect { rip, .. }) = block.exits.get_mut(exit as usize).map(|e| &mut e.exit) {
+                    *rip = map[rip.index()];
+                }
+                f.op(Op::ExitIf { c: map[c.index()], exit }, options)
+            }
+            mut op => {
+                op.map_operands(|v| map[v.index()]);
+                f.op(op, options)
+            }
+        };
+        map.push(v);
     }
-    for insn in &mut block.insns[next_insn..] {
+    for insn in insn.into_iter().chain(insns) {
         insn.first = f.out.len() as u16;
     }
     if let Some(Exit::Indirect { rip, .. }) = &mut block.end {
         *rip = map[rip.index()];
     }
-    let kept = out.iter().filter(|op| matches!(op, Op::ExitIf { .. })).count();
-    if kept != block.exits.len() {
+    if f.exits != block.exits.len() {
         drop_unused_exits(out, &mut block.exits);
     }
-    block.ops.clear();
-    block.ops.extend_from_slice(out);
+    std::mem::swap(&mut block.ops, out);
 }
 
 /// Renumbers the side exits that are left.
@@ -90,14 +101,7 @@ impl Forward<'_> {
     fn op(&mut self, op: Op, options: &Options<'_>) -> Value {
         match op {
             Op::Nop => Value::NONE,
-            Op::Get { ty, loc } if options.get_put => self.get(ty, loc),
-            Op::Put { ty, loc, v } if options.get_put => {
-                if !self.holds(ty, loc, v) {
-                    self.push(op);
-                    self.known.set(ty, loc, v);
-                }
-                Value::NONE
-            }
+            Op::Rip { .. } | Op::Load { .. } | Op::Store { .. } => self.push(op),
             Op::Cond { cc } if options.conds => {
                 self.cc_op().and_then(|op| cond::value(self, cc, op)).unwrap_or_else(|| self.push(op))
             }
@@ -123,6 +127,10 @@ impl Forward<'_> {
                 v
             }
             Op::ExitIf { c, .. } if self.fold && self.constant(c) == Some(0) => Value::NONE,
+            Op::ExitIf { .. } => {
+                self.exits += 1;
+                self.emit(op)
+            }
             _ => self.emit(op),
         }
     }
@@ -209,6 +217,15 @@ impl Forward<'_> {
         let v = self.push(Op::Get { ty, loc });
         self.known.learn(ty, loc, v);
         v
+    }
+
+    /// Writes a field, unless it is known to hold the value already.
+    fn put(&mut self, ty: Ty, loc: Loc, v: Value) -> Value {
+        if !self.holds(ty, loc, v) {
+            self.push(Op::Put { ty, loc, v });
+            self.known.set(ty, loc, v);
+        }
+        Value::NONE
     }
 
     /// Whether `v` was got from a field that has been put since.

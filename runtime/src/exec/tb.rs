@@ -222,19 +222,26 @@ impl TbStore {
             return Some(e);
         }
         let id = *self.by_key.get(&key)?;
+        Some(self.remember(i, id))
+    }
+
+    /// Puts block `id` in place `i` of the front.
+    fn remember(&mut self, i: usize, id: TbId) -> FrontEntry {
         let tb = self.get(id);
         let code = if tb.second_page.is_none() { tb.entry() } else { None };
-        let e = [key.pa.0.wrapping_add(1), key.flags.0.into(), id.0.into(), code.unwrap_or(0)];
+        let e = [tb.key.pa.0.wrapping_add(1), tb.key.flags.0.into(), id.0.into(), code.unwrap_or(0)];
         self.front[i] = e;
-        Some(e)
+        e
     }
 
     /// Block `id` is to be entered elsewhere from now on, or not at all.
     pub fn entry_changed(&mut self, id: TbId) {
-        let key = self.get(id).key;
-        let e = &mut self.front[front_index(self.front.len(), key)];
-        if e[2] == u64::from(id.0) {
-            *e = [0; 4];
+        let tb = self.get(id);
+        let i = front_index(self.front.len(), tb.key);
+        if tb.live {
+            self.remember(i, id);
+        } else if self.front[i][2] == u64::from(id.0) {
+            self.front[i] = [0; 4];
         }
     }
 
