@@ -66,7 +66,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     let mut short = blocks.clone();
     short.iter_mut().for_each(|block| passes.run(block, &PassOptions::HOST));
-    stage("emitter", &mut || time(|| short.iter().for_each(|block| drop(black_box(emitter.emit(block, None))))));
+    stage("emitter", &mut || {
+        time(|| short.iter().for_each(|block| emitter.emit(block, None).into_iter().for_each(|tb| emitter.recycle(tb))))
+    });
     drop((blocks, short));
     stage("whole", &mut || {
         let mut vcpu = vcpu(&code).expect("a processor");
