@@ -226,6 +226,17 @@ impl CodeMemory {
         self.patch(slot.at as usize, (entry - self.rx as u64) as usize);
     }
 
+    /// Makes a direct exit that jumps to `from`, the entry of an installed block, jump to `to` instead; one that does not stays.
+    pub fn relink(&mut self, slot: SlotRef, from: u64, to: u64) {
+        let at = slot.at as usize;
+        assert!(at + 4 <= self.len);
+        // SAFETY: the four bytes are inside the mapping, which only this value writes.
+        let displacement = unsafe { self.rw.add(at).cast::<i32>().read_unaligned() };
+        if (at as i64 + 4 + i64::from(displacement)) as u64 == from - self.rx as u64 {
+            self.link(slot, to);
+        }
+    }
+
     /// Makes a direct exit that is not linked go through the jump cache, for good.
     pub fn link_far(&mut self, slot: SlotRef, size: CodeSize) {
         self.patch(slot.stub as usize + 1, self.thunks[Thunk::slot_far(size).index()] as usize);

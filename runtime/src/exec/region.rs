@@ -346,14 +346,16 @@ pub fn install(vcpu: &mut Vcpu, members: &[Member], compiled: &CompiledTb) {
     compile::profile(vcpu, root, &installed, "opt");
     let entry = installed.entry;
     let tb = vcpu.jit.tbs.get_mut(root);
+    let before = tb.entry();
     let members = members.iter().map(|m| m.id).collect();
     tb.region = Some(Box::new(Region { code: installed, members, pages, misfits: 0 }));
     tb.region_state = RegionState::Installed;
     let incoming = tb.incoming.clone();
     vcpu.jit.tbs.entry_changed(root);
+    // Of those that linked to it some have died since, and their numbers are others'.
     for (from, slot) in incoming {
-        if let (Some(source), Some(code)) = (vcpu.jit.slot(from, slot), &mut vcpu.jit.code) {
-            code.link(source, entry);
+        if let (Some(before), Some(source), Some(code)) = (before, vcpu.jit.slot(from, slot), &mut vcpu.jit.code) {
+            code.relink(source, before, entry);
         }
     }
     forget_root(vcpu, root);
