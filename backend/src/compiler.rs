@@ -1,6 +1,6 @@
-//! The quick tier's compiler: one block in, position-independent host code out.
+//! The quick tier's compiler: one block in, position-independent host code out; by the direct emitter, or Cranelift.
 //!
-//! Place in the pipeline: `lower` makes the CLIF, Cranelift the code; what comes out is independent of where it will lie
+//! Place in the pipeline: `direct` writes the code, or `lower` makes the CLIF and Cranelift the code; what comes out is independent of where it will lie
 //! and of any runtime address, so a compiler runs on any thread. Nothing in a block can make it panic: what Cranelift
 //! cannot do comes back as an error, and the block stays in the evaluator.
 

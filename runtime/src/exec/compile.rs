@@ -16,7 +16,6 @@ use twofold_arch::cpuid::Features;
 use twofold_backend::{CompileError, CompiledTb, Compiler, Guard, Options, RegionCompiler};
 use twofold_frontend::{MAX_INSN_LEN, Request, translate_block};
 use twofold_ir::Block;
-use twofold_ir::eval::Program;
 use twofold_ir::passes::{Options as PassOptions, Part, Passes, join_all};
 
 use super::cache::Source;
@@ -345,19 +344,28 @@ pub(super) fn emit(vcpu: &mut Vcpu, id: TbId, block: &Block) -> bool {
     true
 }
 
-/// Gives block `id`, whose host code was evicted, new one.
-pub(super) fn emit_again(vcpu: &mut Vcpu, id: TbId) {
-    let (flags, features) = (vcpu.jit.tbs.get(id).key.flags, vcpu.model.features);
-    let Some(mut block) = Piece::of(vcpu, id).translate(flags, features) else { return };
-    vcpu.jit.passes.run(&mut block, &PassOptions::HOST);
-    if !emit(vcpu, id, &block) {
-        vcpu.jit.tbs.get_mut(id).program = Some(Box::new(Program::new(&block)));
+/// Block `id` has run in the evaluator often enough to have host code: again, if it was evicted, else by the compile thread.
+pub(super) fn promote(vcpu: &mut Vcpu, id: TbId) {
+    if !(vcpu.jit.policy.at_once && emit_again(vcpu, id)) {
+        request(vcpu, id);
     }
+}
+
+/// Gives block `id` host code. `false` if that is left to the compile thread.
+fn emit_again(vcpu: &mut Vcpu, id: TbId) -> bool {
+    let tb = vcpu.jit.tbs.get(id);
+    let (flags, features) = (tb.key.flags, vcpu.model.features);
+    if flags.has(TbFlags::ONE_INSN) || tb.tier != TierState::Cold {
+        return false;
+    }
+    let Some(mut block) = Piece::of(vcpu, id).translate(flags, features) else { return false };
+    vcpu.jit.passes.run(&mut block, &PassOptions::HOST);
+    emit(vcpu, id, &block)
 }
 
 /// Has block `id` compiled, and waits for it (`--tier quick`).
 pub fn compile_now(vcpu: &mut Vcpu, id: TbId) {
-    request(vcpu, id);
+    promote(vcpu, id);
     while vcpu.jit.tbs.get(id).tier == TierState::Queued {
         let Some(queue) = &mut vcpu.jit.queue else { return };
         let Ok(done) = queue.done.recv() else { return };

@@ -439,8 +439,8 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
         if vcpu.jit.compile_ready() {
             super::compile::install_ready(vcpu);
         }
-        if vcpu.jit.tbs.get(id).tier == TierState::Cold {
-            host_code(vcpu, id);
+        if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
+            super::compile::compile_now(vcpu, id);
         }
         if vcpu.debug.has(DebugItem::Exec) {
             trace_block(vcpu, id);
@@ -476,18 +476,6 @@ fn chain(vcpu: &mut Vcpu, mut flags: TbFlags) -> Next {
             super::region::record(vcpu, from, id, base);
         }
         connect(vcpu, id, flags);
-    }
-}
-
-/// Gives block `id`, which has no host code, some now, if it is to have it before it runs.
-fn host_code(vcpu: &mut Vcpu, id: TbId) {
-    let tb = vcpu.jit.tbs.get(id);
-    // One that was refused has its program.
-    if vcpu.jit.policy.at_once && tb.program.is_none() && !tb.key.flags.has(TbFlags::ONE_INSN) {
-        super::compile::emit_again(vcpu, id);
-    }
-    if vcpu.jit.policy.wait && vcpu.jit.tbs.get(id).tier == TierState::Cold {
-        super::compile::compile_now(vcpu, id);
     }
 }
 
@@ -690,8 +678,8 @@ fn run_eval(vcpu: &mut Vcpu, id: TbId) -> Next {
     let tb = vcpu.jit.tbs.get_mut(id);
     tb.runs = tb.runs.saturating_add(1);
     let runs = tb.runs;
-    if runs == vcpu.jit.policy.warm {
-        super::compile::request(vcpu, id);
+    if runs == vcpu.jit.policy.warm && vcpu.jit.tbs.get(id).tier == TierState::Cold {
+        super::compile::promote(vcpu, id);
     }
     if vcpu.jit.tbs.get(id).program.is_none() {
         super::translate::ensure_program(vcpu, id);

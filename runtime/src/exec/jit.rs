@@ -31,7 +31,8 @@ pub struct TierPolicy {
     pub regions_at_once: bool,
 }
 
-/// Evaluator runs before a block is worth a compilation by Cranelift (about 100 µs of another core).
+/// Evaluator runs before a block that was refused is worth a compilation by Cranelift (about 100 µs of another core), and one that was
+/// evicted a place in code memory: where not all that is hot has room, it must not be written anew each time it comes round.
 const WARM: u32 = 32;
 
 /// The execution machinery.

@@ -1,8 +1,9 @@
 //! Execution: finding, making and running translation blocks, tier by tier.
 //!
-//! The pipeline: [`dispatch`] decides what runs next; [`translate`] makes a block (frontend → passes → evaluator program);
-//! [`tb`] keeps it; [`env`] is the world the evaluator sees; [`compile`] turns hot blocks into host code on a background
-//! thread, and [`region`] chooses what becomes one function of several blocks; [`slow`] is where host code and evaluator come for memory that the inline probe does not reach.
+//! The pipeline: [`dispatch`] decides what runs next; [`translate`] makes a block (frontend → passes → host code);
+//! [`tb`] keeps it; [`region`] chooses what becomes one function of several blocks, which [`compile`] has made on a background thread;
+//! [`slow`] is where host code and evaluator come for memory that the inline probe does not reach; [`env`] is the world the
+//! evaluator sees.
 
 pub mod cache;
 pub mod compile;
