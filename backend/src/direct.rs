@@ -18,6 +18,8 @@ mod places;
 mod vec;
 pub(crate) mod x64;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use twofold_arch::CodeSize;
 use twofold_arch::fpu::X87Op;
 use twofold_ir::{BinOp, Block, Exit, Helper, Op, Ty, Value};
@@ -48,7 +50,8 @@ impl DirectEmitter {
     /// Emits a block; with `counter` its code adds one to that entry of the table at `CpuState::exec_counts` each time. `None` when
     /// there is something in it that only Cranelift has code for.
     pub fn emit(&mut self, block: &Block, counter: Option<u32>) -> Option<CompiledTb> {
-        let tb = emit(block, counter, self).ok()?;
+        // As with Cranelift: whatever is wrong with a block is no reason to end the machine. The next one begins anew.
+        let tb = catch_unwind(AssertUnwindSafe(|| emit(block, counter, self))).ok()?.ok()?;
         tb.fits().then_some(tb)
     }
 
@@ -61,7 +64,7 @@ impl DirectEmitter {
 /// Why a block is left to Cranelift.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Refused {
-    /// An op that this host has no instruction for, a way out that is not written here.
+    /// An op that this host has no instruction for.
     Op,
     /// More values at once than there are places.
     Places,
